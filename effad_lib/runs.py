@@ -1,0 +1,160 @@
+"""The run folder: files written whole or not at all, checkpoints, resume."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from effad_lib.settings import Settings
+
+PROJECT = Path(__file__).resolve().parent.parent
+"""The folder of the workbook: relative paths in settings are taken from here, wherever a notebook's kernel runs."""
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used as asked."""
+
+
+def resolve(path: str | Path) -> Path:
+    """Return `path` as an absolute path, relative ones taken from the project's folder; `~` is expanded."""
+    return (PROJECT / Path(path).expanduser()).resolve()
+
+
+# --- files written whole or not at all ------------------------------------------------------------------------------
+
+
+def write_with(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    """Let `write` fill a temporary neighbour of `path`, then rename it: a reader sees the old file or the whole new.
+
+    On failure (a full disk, Ctrl-C) the temporary file is removed and the old file stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error} ({free:.0f} MB free there). Free some space or choose "
+            f"another folder, then start again: what was finished before is kept."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def write_bytes(path: str | Path, data: bytes) -> Path:
+    """Write `data` to `path` whole or not at all."""
+    return write_with(path, lambda partial: partial.write_bytes(data))
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write `text` (UTF-8) to `path` whole or not at all."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write `value` as indented JSON to `path` whole or not at all; NaN and infinities are refused."""
+    return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+# --- the run folder -------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run folder: `parameters.yaml`, `model.safetensors`, `checkpoints/`, `maps/`, `figures/`, `tensorboard/` and
+    `metrics.json`, which is written last: a run that has it is done, any other can be resumed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = resolve(folder)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {'done' if self.done else 'open'})"
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has its `metrics.json`."""
+        return (self.folder / "metrics.json").is_file()
+
+    @property
+    def model(self) -> Path:
+        """The trained detector with its card."""
+        return self.folder / "model.safetensors"
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The content of `metrics.json`. Raises `RunError` if the run is not done."""
+        if not self.done:
+            raise RunError(f"{self.folder} has no metrics.json: the run is not finished. Evaluate it first.")
+        return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+
+    def start(self, settings: Settings, *, may_change: tuple[str, ...] = ()) -> None:
+        """Write `parameters.yaml`, or check that the ones already there are the same.
+
+        Fields named in `may_change` (those that do not change the result, such as the device) may differ. Raises
+        `RunError` naming each other difference, so that a resumed run never mixes two settings.
+        """
+        path = self.folder / "parameters.yaml"
+        new = settings.as_dict()
+        if path.is_file():
+            old = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            changed = {n for n in new.keys() | old.keys() if old.get(n) != new.get(n)} - set(may_change)
+            if changed:
+                what = "; ".join(f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in sorted(changed))
+                raise RunError(
+                    f"{self.folder} holds a run with other settings ({what}). Choose another run folder, or delete it."
+                )
+        write_text(path, yaml.safe_dump(new, sort_keys=False))
+
+    def save_checkpoint(self, name: str, state: dict[str, Any]) -> Path:
+        """Save `state` (tensors and plain types only) as `checkpoints/<name>.pt`, whole or not at all."""
+        return write_with(self.folder / "checkpoints" / f"{name}.pt", lambda partial: torch.save(state, partial))
+
+    def load_checkpoint(self, name: str = "last") -> dict[str, Any] | None:
+        """Return the checkpoint `name`, or None if there is none; nothing is unpickled (`weights_only=True`)."""
+        path = self.folder / "checkpoints" / f"{name}.pt"
+        if not path.is_file():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise RunError(
+                f"{path} cannot be read as a checkpoint ({type(error).__name__}). Delete it to start this run anew."
+            ) from error
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write `metrics.json`: from now on the run counts as done."""
+        write_json(self.folder / "metrics.json", metrics)
+
+
+@contextlib.contextmanager
+def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let a loop end its step and save before Ctrl-C takes effect: yields a function that says whether it was pressed.
+
+    The loop saves and raises `KeyboardInterrupt` itself. Outside the main thread signals cannot be caught and Ctrl-C
+    acts as usual.
+    """
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

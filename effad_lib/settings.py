@@ -1,0 +1,117 @@
+"""Settings that reject what they do not know: frozen, checked dataclasses whose fields are papermill parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from typing import Any, Self
+
+import torch
+
+NOTEBOOK_NAMES = frozenset({"In", "Out", "exit", "quit", "open", "get_ipython"})
+
+PRECISIONS: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class SettingsError(ValueError):
+    """A setting with an unknown name, a wrong type or an impossible value."""
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """Return the half sentence of an error that lists the known names and the one that was probably meant."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"known are {', '.join(known)}.{hint}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Base of all settings: frozen, typed, checked; field names are the papermill parameter names.
+
+    A field is annotated `int`, `float`, `str`, `bool`, `list[...]` or `tuple[...]`; an int is accepted where a float is
+    asked for, a list where a tuple is. Subclasses check values in `check`. Raises `SettingsError`.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _checked(field.name, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `SettingsError` for values that no run could use; called when the settings are made."""
+
+    @classmethod
+    def from_mapping(cls, values: typing.Mapping[str, Any]) -> Self:
+        """Make settings from a mapping of names to values; an unknown name is an error that lists the known ones."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise SettingsError(f"unknown parameter {name!r}: {nearest(name, known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_notebook(cls, names: typing.Mapping[str, Any]) -> Self:
+        """Make settings from a notebook's `globals()`, called in the cell after `parameters`, before any other plain
+        variable is set: so a name that papermill injected and that no setting has is caught too (papermill only warns).
+        """
+        plain = (bool, int, float, str, list, tuple, dict, types.NoneType)
+        values = {
+            name: value
+            for name, value in names.items()
+            if not name.startswith("_") and name not in NOTEBOOK_NAMES and isinstance(value, plain)
+        }
+        return cls.from_mapping(values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain types that YAML and JSON can hold."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
+
+    def require(self, condition: bool, name: str, takes: str) -> None:
+        """Raise a `SettingsError` that names the field, what it got and what it takes, unless `condition` holds."""
+        if not condition:
+            raise SettingsError(f"{name} = {getattr(self, name)!r}: {name} takes {takes}.")
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """Return `value` as the annotated type or raise; text is never turned into a number."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)):
+            raise SettingsError(f"{name} = {value!r}: {name} takes a list of {inner[0].__name__}.")
+        return origin(_checked(name, item, inner[0]) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is hint and not (hint is float and math.isnan(value)):
+        return value
+    remedy = ""
+    if isinstance(value, str) and hint in (int, float):
+        remedy = " YAML reads 1e-4 as text: write 1.0e-4." if "e" in value.lower() else " Remove the quotes."
+    raise SettingsError(f"{name} = {value!r}: {name} takes {hint.__name__}, not {type(value).__name__}.{remedy}")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device for `name`: "auto" takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises `SettingsError` if the named device is not there.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(device for device in ("cuda", "mps", "cpu") if there[device])
+    kind, _, number = name.partition(":")
+    last = torch.cuda.device_count() if kind == "cuda" else 1
+    if there.get(kind, False) and (not number or (number.isdigit() and int(number) < last)):
+        return torch.device(name)
+    here = ", ".join(device for device, is_there in there.items() if is_there)
+    raise SettingsError(f"device = {name!r}: not available here. Use 'auto' or one of: {here}.")
