@@ -1,0 +1,266 @@
+"""Images in: read, check, resize; the colour augmentation; natural images for the penalty and the teacher."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import util
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+from tqdm.auto import tqdm
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+SMALLEST = 64
+"""The smallest image side in pixels that the autoencoder's encoder can reduce to one cell."""
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+
+GREY_WEIGHTS = (0.2989, 0.587, 0.114)
+"""Luma of ITU-R BT.601, the grey of torchvision's transforms."""
+
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for a file that it cannot decode."""
+
+
+class ImageError(ValueError):
+    """An image, a mask or a folder of images that cannot be used; the message names the file and the remedy."""
+
+
+def check_size(size: Sequence[int]) -> Size:
+    """Return `size` as (height, width). Raises `ImageError` unless both are at least 64 pixels."""
+    if len(size) != 2 or min(size) < SMALLEST:
+        raise ImageError(f"image size {tuple(size)}: takes height and width, each at least {SMALLEST} pixels.")
+    return int(size[0]), int(size[1])
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Return the image files below `folder`, sorted; links that lead out of it are left out.
+
+    Raises `ImageError` if the folder is missing or holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ImageError(f"{folder}: there is no such folder. Give a folder of images ({', '.join(sorted(SUFFIXES))}).")
+    root = folder.resolve()
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+        and path.resolve().is_relative_to(root)
+    )
+    if not found:
+        raise ImageError(f"{folder}: no image below this folder. Known endings: {', '.join(sorted(SUFFIXES))}.")
+    return found
+
+
+def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
+    """Read an image as RGB, upright by its EXIF tag, and resize it to `size` (antialiased bilinear).
+
+    Returns uint8 [3, H, W]. Eight-bit grey, palette and transparent images become RGB. Raises `ImageError` for files
+    that cannot be decoded and for 16-bit, float and CMYK images, whose conversion would be a guess.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_mode(path, image, ("1", "L", "LA", "P", "PA", "RGB", "RGBA"))
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            if size is not None and image.size != (size[1], size[0]):
+                image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+            return np.array(image).transpose(2, 0, 1)
+    except ImageError:
+        raise
+    except UNREADABLE as error:
+        raise ImageError(f"{path}: cannot be read as an image ({error}). Replace or remove the file.") from error
+
+
+def _check_mode(path: str | Path, image: Image.Image, modes: tuple[str, ...]) -> None:
+    """Raise `ImageError` for modes whose conversion would be a guess, 16 bits a channel that Pillow hides included."""
+    raw = " ".join(str(argument) for tile in image.tile for argument in tile[1:])
+    mode = "16 bits a channel" if ";16" in raw else image.mode
+    if mode not in modes:
+        raise ImageError(f"{path}: image mode {mode} is not supported. Save it as 8-bit RGB or 8-bit grey first.")
+
+
+def read_mask(path: str | Path, shape: Size | None = None) -> np.ndarray:
+    """Read a defect mask: True where the value is at least half of full scale, so interpolation halos do not count.
+
+    Returns bool [H, W]. Raises `ImageError` if it cannot be read or is not of `shape`.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_mode(path, image, ("1", "L", "LA", "P", "RGB", "RGBA"))
+            mask = np.asarray(image if image.mode in ("1", "L") else image.convert("L"))
+    except ImageError:
+        raise
+    except UNREADABLE as error:
+        raise ImageError(f"{path}: cannot be read as a mask ({error}). Replace or remove the file.") from error
+    if shape is not None and mask.shape != tuple(shape):
+        raise ImageError(f"{path}: mask of {mask.shape}, its image has {tuple(shape)}. A mask must match its image.")
+    return mask if mask.dtype == bool else mask >= 128
+
+
+def load_images(paths: Sequence[str | Path], size: Size, *, description: str = "reading images") -> Tensor:
+    """Decode images once, in parallel, into memory.
+
+    Returns uint8 [N, 3, H, W], in the order of `paths`. Raises `ImageError` for the first that cannot be read.
+    """
+    size = check_size(size)
+    images = torch.empty((len(paths), 3, *size), dtype=torch.uint8)
+
+    def read(index: int) -> None:
+        images[index] = torch.from_numpy(read_image(paths[index], size))
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for _ in tqdm(pool.map(read, range(len(paths))), total=len(paths), desc=description, leave=False):
+            pass
+    return images
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Return uint8 images as float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255)
+
+
+def augment_colour(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Change each image by exactly one of brightness, contrast and saturation, by a factor from U(0.8, 1.2).
+
+    `images` float [N, 3, H, W] in [0, 1]; `generator` lives on the CPU. Returns the same shape and range. Algorithm 1.
+    Each of the three blends the image with another picture of it: black, its mean grey, its own grey.
+    """
+    count = len(images)
+    which = torch.randint(3, (count,), generator=generator).tolist()
+    factors = torch.empty(count).uniform_(0.8, 1.2, generator=generator).tolist()
+    changed = torch.empty_like(images)
+    for image, out, kind, factor in zip(images, changed, which, factors, strict=True):
+        if kind == 0:
+            torch.mul(image, factor, out=out)
+        else:
+            grey = to_grey(image)
+            torch.lerp(grey.mean() if kind == 1 else grey, image, factor, out=out)
+    return changed.clamp_(0, 1)
+
+
+def to_grey(images: Tensor) -> Tensor:
+    """Return the luma of images [..., 3, H, W] as [..., 1, H, W]."""
+    weights = torch.tensor(GREY_WEIGHTS, dtype=images.dtype, device=images.device)
+    return torch.tensordot(weights, images, dims=([0], [-3])).unsqueeze(-3)
+
+
+def packaged_photographs() -> list[Path]:
+    """Return the colour photographs that come inside the installed scikit-image and scikit-learn packages.
+
+    The stand-in for ImageNet when no folder of natural images is at hand: about ten pictures, always there.
+    """
+    names = {
+        "skimage": ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "rocket.jpg"),
+        "sklearn": ("china.jpg", "flower.jpg"),
+    }
+    names["skimage"] += ("motorcycle_left.png", "retina.jpg", "brick.png", "grass.png", "gravel.png", "camera.png")
+    folders = {"skimage": "data", "sklearn": "datasets/images"}
+    found = []
+    for package, files in names.items():
+        root = Path(util.find_spec(package).origin).parent / folders[package]
+        found += [root / name for name in files if (root / name).is_file()]
+    if not found:
+        raise ImageError("no photographs inside the installed packages. Name a folder of natural images instead.")
+    return found
+
+
+class NaturalImages:
+    """Random views of natural photographs: the penalty's images in training, the teacher's in distillation.
+
+    `folder` holds any photographs (ImageNet in the paper); "" takes the few inside the installed packages. Files are
+    decoded at first use and kept while they fit in `memory_gb`. Unreadable files are left out and listed in `.skipped`,
+    by index.
+    """
+
+    def __init__(self, folder: str | Path = "", *, memory_gb: float = 2.0, longest_side: int = 640) -> None:
+        self.paths = find_images(folder) if str(folder) else packaged_photographs()
+        self.skipped: dict[int, str] = {}
+        self._kept: dict[Path, Tensor] = {}
+        self._room = int(memory_gb * 2**30)
+        self._longest_side = longest_side
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Tensor:
+        """Return photograph `index` as uint8 [3, H, W], its longest side at most `longest_side` pixels."""
+        path = self.paths[index]
+        if path in self._kept:
+            return self._kept[path]
+        image = torch.from_numpy(read_image(path))
+        shrink = self._longest_side / max(image.shape[-2:])
+        if shrink < 1:
+            image = F.resize(image, [max(1, round(side * shrink)) for side in image.shape[-2:]], antialias=True)
+        if image.numel() <= self._room:
+            self._room -= image.numel()
+            self._kept[path] = image
+        return image
+
+    def sample(
+        self,
+        count: int,
+        size: Size,
+        generator: torch.Generator,
+        *,
+        grayscale: float = 0.3,
+        crop_scale: tuple[float, float] | None = None,
+    ) -> Tensor:
+        """Draw `count` views as float32 [count, 3, H, W] in [0, 1].
+
+        Without `crop_scale`, as in Algorithm 1: the photograph resized to twice `size`, then its centre. With it: a
+        random region that covers this share of the photograph's area, mirrored half of the time, for small collections.
+        `grayscale` is the probability of a grey view. Raises `ImageError` if no photograph can be read.
+        """
+        views = []
+        while len(views) < count:
+            index = int(torch.randint(len(self.paths), (), generator=generator))
+            numbers = torch.rand(6, generator=generator).tolist()
+            if index in self.skipped:
+                continue
+            try:
+                photograph = self.read(index)
+            except ImageError as error:
+                self._skip(index, error)
+                continue
+            view = _crop(photograph, size, crop_scale, numbers) if crop_scale else _centre_view(photograph, size)
+            view = to_float(view)
+            views.append(to_grey(view).expand_as(view) if numbers[0] < grayscale else view)
+        return torch.stack(views)
+
+    def _skip(self, index: int, error: ImageError) -> None:
+        """Leave a photograph out; the draws stay the same whether it was found unreadable before or just now."""
+        self.skipped[index] = str(error)
+        warnings.warn(f"natural image left out: {error}", stacklevel=3)
+        if len(self.skipped) == len(self.paths):
+            raise ImageError(f"none of the natural images can be read; the last one: {error}") from error
+
+
+def _centre_view(photograph: Tensor, size: Size) -> Tensor:
+    resized = F.resize(photograph, [2 * size[0], 2 * size[1]], antialias=True)
+    return F.center_crop(resized, list(size))
+
+
+def _crop(photograph: Tensor, size: Size, scale: tuple[float, float], numbers: list[float]) -> Tensor:
+    """Cut a region of the wanted area, its aspect within 3:4 and 4:3 of the output's; resize and maybe mirror it."""
+    _, share, aspect, top, left, mirror = numbers
+    height, width = photograph.shape[-2:]
+    area = height * width * (scale[0] + share * (scale[1] - scale[0]))
+    ratio = size[1] / size[0] * (3 / 4) ** (1 - 2 * aspect)
+    cut_h = min(height, max(1, round((area / ratio) ** 0.5)))
+    cut_w = min(width, max(1, round((area * ratio) ** 0.5)))
+    y, x = round(top * (height - cut_h)), round(left * (width - cut_w))
+    view = F.resize(photograph[:, y : y + cut_h, x : x + cut_w], list(size), antialias=True)
+    return view.flip(-1) if mirror < 0.5 else view

@@ -1,0 +1,381 @@
+"""Images in: what is read exactly, what is refused by name, the augmentation and the natural-image sampler."""
+
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as reference
+
+from effad_lib.images import (
+    ImageError,
+    NaturalImages,
+    augment_colour,
+    find_images,
+    load_images,
+    packaged_photographs,
+    read_image,
+    read_mask,
+    to_float,
+    to_grey,
+)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def noise(rng, *shape):
+    return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def png16(path, pixels):
+    """Write a 16-bit PNG of uint16 [H, W, channels] chunk by chunk: Pillow can only write the grey one."""
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        data += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    path.write_bytes(data)
+    return path
+
+
+# --- finding and reading --------------------------------------------------------------------------
+
+
+def test_find_images_is_sorted_nested_and_picky(tmp_path, rng):
+    for name in ("b.png", "a.JPG", "deep/er/c.tif", ".hidden.png", "notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == [
+        "a.JPG",
+        "b.png",
+        "deep/er/c.tif",
+    ]
+
+
+def test_find_images_leaves_out_hidden_folders(tmp_path, rng):
+    """JupyterLab keeps copies of opened files in `.ipynb_checkpoints`: they must not be counted twice."""
+    kept = save(tmp_path / "a.png", noise(rng, 4, 4))
+    save(tmp_path / ".ipynb_checkpoints/a-checkpoint.png", noise(rng, 4, 4))
+    assert find_images(tmp_path) == [kept]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="making links needs a privilege on Windows")
+def test_find_images_does_not_leave_the_folder(tmp_path, rng):
+    inside = save(tmp_path / "in/a.png", noise(rng, 4, 4))
+    outside = save(tmp_path / "out/b.png", noise(rng, 4, 4))
+    (tmp_path / "in/link.png").symlink_to(outside)
+    (tmp_path / "in/folder").symlink_to(outside.parent)
+    (tmp_path / "in/broken.png").symlink_to(tmp_path / "nowhere.png")
+    assert find_images(tmp_path / "in") == [inside]
+
+
+def test_find_images_in_an_empty_or_missing_folder(tmp_path):
+    with pytest.raises(ImageError, match="no image below"):
+        find_images(tmp_path)
+    with pytest.raises(ImageError, match=r"absent: there is no such folder"):
+        find_images(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp"])
+def test_rgb_is_read_exactly(tmp_path, rng, suffix):
+    pixels = noise(rng, 5, 7, 3)
+    options = {"lossless": True} if suffix == "webp" else {}
+    image = read_image(save(tmp_path / f"a.{suffix}", pixels, **options))
+    assert image.dtype == np.uint8 and image.shape == (3, 5, 7)
+    assert np.array_equal(image, pixels.transpose(2, 0, 1))
+
+
+def test_grey_palette_and_transparent_become_rgb(tmp_path, rng):
+    grey, rgba, colours = noise(rng, 5, 7), noise(rng, 5, 7, 4), noise(rng, 16, 3)
+    assert np.array_equal(read_image(save(tmp_path / "l.png", grey)), np.stack([grey] * 3))
+    assert np.array_equal(read_image(save(tmp_path / "rgba.png", rgba)), rgba[..., :3].transpose(2, 0, 1))
+    index = rng.integers(0, 16, (5, 7), dtype=np.uint8)
+    palette = Image.fromarray(index).convert("P")
+    palette.putdata(index.ravel().tolist())
+    palette.putpalette(colours.ravel().tolist())
+    palette.save(tmp_path / "p.png")
+    assert np.array_equal(read_image(tmp_path / "p.png"), colours[index].transpose(2, 0, 1))
+    grey_alpha = np.stack([grey, noise(rng, 5, 7)], axis=-1)
+    assert np.array_equal(read_image(save(tmp_path / "la.png", grey_alpha)), np.stack([grey] * 3))
+    assert np.array_equal(read_image(save(tmp_path / "1.png", grey > 99)), np.stack([(grey > 99) * 255] * 3))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, lambda x: x),
+        (2, lambda x: x[:, ::-1]),
+        (3, lambda x: x[::-1, ::-1]),
+        (6, lambda x: np.rot90(x, -1)),
+        (8, lambda x: np.rot90(x)),
+    ],
+)
+def test_exif_orientation_is_applied(tmp_path, rng, orientation, upright):
+    pixels = noise(rng, 5, 7, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "a.png", pixels, exif=exif)
+    assert np.array_equal(read_image(path), upright(pixels).transpose(2, 0, 1))
+
+
+def test_resizing_is_antialiased_bilinear(tmp_path, rng):
+    pixels = noise(rng, 96, 64, 3)
+    path = save(tmp_path / "a.png", pixels)
+    small = read_image(path, (24, 32))
+    image = torch.from_numpy(pixels).permute(2, 0, 1).float()
+    expected = torch.nn.functional.interpolate(image[None], (24, 32), mode="bilinear", antialias=True)[0]
+    assert small.shape == (3, 24, 32)
+    assert np.abs(small - expected.numpy()).max() <= 1
+    assert np.array_equal(read_image(path, (96, 64)), read_image(path))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_16_bit_is_refused(tmp_path, rng, channels):
+    path = png16(tmp_path / "deep.png", rng.integers(0, 65536, (5, 7, channels), dtype=np.uint16))
+    with pytest.raises(ImageError, match=r"deep\.png.*8-bit"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "F", "I", "YCbCr"])
+def test_other_modes_are_refused(tmp_path, mode):
+    path = tmp_path / "odd.tif"
+    Image.new(mode, (7, 5)).save(path)
+    with pytest.raises(ImageError, match=rf"odd\.tif: image mode {mode}"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("read", [read_image, read_mask])
+def test_unreadable_files_are_named(tmp_path, rng, read):
+    whole = save(tmp_path / "whole.png", noise(rng, 40, 40, 3)).read_bytes()
+    photo = save(tmp_path / "whole.jpg", noise(rng, 40, 40, 3)).read_bytes()
+    files = {
+        "cut.png": whole[: len(whole) // 2],
+        "cut.jpg": photo[: len(photo) // 2],
+        "header.png": whole[:20],
+        "empty.png": b"",
+        "text.png": b"these are words",
+        "flipped.png": whole[:60] + bytes(255 - byte for byte in whole[60:90]) + whole[90:],
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ImageError, match=name):
+            read(tmp_path / name)
+    with pytest.raises(ImageError, match="absent"):
+        read(tmp_path / "absent.png")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ImageError, match="folder"):
+        read(tmp_path / "folder.png")
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+
+def test_masks_are_cut_at_half_of_full_scale(tmp_path):
+    values = np.array([[0, 1, 127, 128, 255]], np.uint8)
+    expected = np.array([[False, False, False, True, True]])
+    mask = read_mask(save(tmp_path / "l.png", values), (1, 5))
+    assert mask.dtype == bool and np.array_equal(mask, expected)
+    assert np.array_equal(read_mask(save(tmp_path / "rgb.png", np.stack([values] * 3, -1))), expected)
+    assert np.array_equal(read_mask(save(tmp_path / "1.png", expected)), expected)
+
+
+def test_mask_of_another_size_is_refused(tmp_path):
+    path = save(tmp_path / "m.png", np.zeros((5, 7), np.uint8))
+    assert read_mask(path, (5, 7)).shape == (5, 7)
+    with pytest.raises(ImageError, match=r"m\.png: mask of \(5, 7\), its image has \(7, 5\)"):
+        read_mask(path, (7, 5))
+
+
+def test_masks_with_another_full_scale_are_not_misread(tmp_path):
+    """300 of 65,535 and a mask of floats: either read by their own scale or refused, never clipped to 8 bits."""
+    deep, real = np.zeros((5, 7), np.uint16), np.zeros((5, 7), np.float32)
+    deep[0], real[0] = 300, 1.0
+    for name, pixels, marked in (("deep.png", deep, 0), ("real.tif", real, 7)):
+        path = save(tmp_path / name, pixels)
+        try:
+            assert read_mask(path).sum() == marked
+        except ImageError as error:
+            assert name in str(error)
+
+
+# --- many images ----------------------------------------------------------------------------------
+
+
+def test_load_images_keeps_order_and_dtype(tmp_path, rng):
+    paths = [save(tmp_path / f"{index}.png", np.full((80, 90, 3), index, np.uint8)) for index in range(40)]
+    order = rng.permutation(40)
+    images = load_images([paths[index] for index in order], (64, 72))
+    assert images.dtype == torch.uint8 and images.shape == (40, 3, 64, 72)
+    assert images.amin((1, 2, 3)).tolist() == images.amax((1, 2, 3)).tolist() == order.tolist()
+    assert torch.equal(images[3], torch.from_numpy(read_image(paths[order[3]], (64, 72))))
+
+
+def test_load_images_names_the_bad_file_and_size(tmp_path, rng):
+    good = save(tmp_path / "good.png", noise(rng, 64, 64, 3))
+    (tmp_path / "bad.png").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"bad\.png"):
+        load_images([good, tmp_path / "bad.png", good], (64, 64))
+    with pytest.raises(ImageError, match=r"\(64, 63\).*at least 64"):
+        load_images([good], (64, 63))
+
+
+def test_to_float_spans_zero_to_one():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    result = to_float(images)
+    assert result.dtype == torch.float32 and images.dtype == torch.uint8
+    assert torch.allclose(result.flatten(), torch.linspace(0, 1, 256))
+
+
+# --- colour augmentation --------------------------------------------------------------------------
+
+ADJUST = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation)
+
+
+def factors_that_explain(image, changed):
+    """Return, for each of torchvision's three changes, the factor in [0.8, 1.2] that gives `changed`, or None.
+
+    Away from black and white each change is linear in its factor, so two references give the factor.
+    """
+    found = []
+    for adjust in ADJUST:
+        base, step = adjust(image, 1.0), adjust(image, 1.1) - adjust(image, 1.0)
+        factor = float(1 + 0.1 * ((changed - base) * step).sum() / (step * step).sum())
+        explains = 0.8 <= factor <= 1.2 and torch.allclose(adjust(image, factor), changed, atol=1e-5)
+        found.append(factor if explains else None)
+    return found
+
+
+def test_exactly_one_of_three_changes_as_torchvision_makes_them():
+    count = 300
+    images = 0.35 + 0.3 * torch.rand((count, 3, 6, 5), generator=torch.Generator().manual_seed(1))
+    before = images.clone()
+    changed = augment_colour(images, torch.Generator().manual_seed(0))
+    assert torch.equal(images, before), "the input must stay as it was"
+    assert changed.shape == images.shape and changed.dtype == torch.float32
+    found = [factors_that_explain(image, result) for image, result in zip(images, changed, strict=True)]
+    assert all(sum(factor is not None for factor in row) == 1 for row in found)
+    for kind in range(3):
+        factors = np.array([row[kind] for row in found if row[kind] is not None])
+        assert 70 <= len(factors) <= 130, "a third of 300, give or take"
+        assert factors.min() < 0.83 and factors.max() > 1.17 and abs(factors.mean() - 1) < 0.05
+
+
+def test_augmentation_is_seeded_and_stays_in_range(rng):
+    images = torch.from_numpy(rng.random((50, 3, 8, 8), dtype=np.float32)).round(decimals=1)
+    first, again, other = (augment_colour(images, torch.Generator().manual_seed(s)) for s in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.min() >= 0 and first.max() <= 1 and (first == 1).any()
+
+
+def test_grey_is_torchvisions(rng):
+    images = torch.from_numpy(rng.random((2, 3, 8, 9), dtype=np.float32))
+    assert torch.allclose(to_grey(images), reference.rgb_to_grayscale(images), atol=1e-6)
+
+
+# --- natural images -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photographs(tmp_path, rng):
+    """Five coloured pictures of different sizes and shapes."""
+    for index, (height, width) in enumerate([(30, 40), (40, 30), (64, 64), (20, 90), (100, 100)]):
+        save(tmp_path / "photos" / f"class{index}" / "a.png", noise(rng, height, width, 3))
+    return tmp_path / "photos"
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("crop_scale", [None, (0.3, 1.0)])
+def test_natural_views_have_shape_range_and_repeat(photographs, crop_scale):
+    natural = NaturalImages(photographs)
+    views = natural.sample(12, (32, 48), generator(), crop_scale=crop_scale)
+    assert len(natural) == 5 and natural.skipped == {}
+    assert views.shape == (12, 3, 32, 48) and views.dtype == torch.float32
+    assert views.min() >= 0 and 0.5 < views.max() <= 1
+    again = NaturalImages(photographs, memory_gb=0).sample(12, (32, 48), generator(), crop_scale=crop_scale)
+    assert torch.equal(views, again), "what is kept in memory must not change the views"
+    assert not torch.equal(views, natural.sample(12, (32, 48), generator(1), crop_scale=crop_scale))
+
+
+def test_paper_view_is_the_centre_of_twice_the_size(tmp_path, rng):
+    pixels = noise(rng, 64, 96, 3)
+    save(tmp_path / "a.png", pixels)
+    view = NaturalImages(tmp_path).sample(1, (32, 48), generator(), grayscale=0.0)[0]
+    # Twice 32x48 is the photograph itself: nothing is resized, the centre is cut.
+    assert torch.equal(view, torch.from_numpy(pixels[16:48, 24:72]).permute(2, 0, 1).float() / 255)
+
+
+def test_share_of_grey_views(photographs):
+    natural = NaturalImages(photographs)
+    for probability, low, high in ((0.3, 0.2, 0.4), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)):
+        views = natural.sample(400, (8, 8), generator(), grayscale=probability)
+        grey = ((views[:, 0] == views[:, 1]) & (views[:, 1] == views[:, 2])).flatten(1).all(1)
+        assert low <= grey.float().mean() <= high
+    default = natural.sample(50, (8, 8), generator())
+    assert torch.equal(default, natural.sample(50, (8, 8), generator(), grayscale=0.3))
+
+
+def test_every_photograph_is_drawn(tmp_path):
+    for index in range(6):
+        save(tmp_path / f"{index}.png", np.full((16, 16, 3), 40 * index, np.uint8))
+    views = NaturalImages(tmp_path).sample(120, (8, 8), generator())
+    values = (views.mean((1, 2, 3)) * 255).round().int().tolist()
+    assert all(values.count(40 * index) >= 8 for index in range(6))
+
+
+def test_unreadable_photographs_are_skipped_and_reported(photographs):
+    (photographs / "class0/broken.png").write_bytes(b"no picture")
+    natural = NaturalImages(photographs)
+    with pytest.warns(UserWarning, match=r"left out: .*broken\.png"):
+        views = natural.sample(60, (16, 16), generator())
+    assert views.shape == (60, 3, 16, 16)
+    [message] = natural.skipped.values()
+    assert "broken.png" in message
+
+
+@pytest.mark.filterwarnings("ignore:natural image left out")
+def test_a_resumed_sampler_draws_what_an_uninterrupted_one_draws(photographs):
+    """A resumed run has a fresh sampler and the saved generator, whatever was skipped before."""
+    (photographs / "class0/broken.png").write_bytes(b"no picture")
+    uninterrupted, draw = NaturalImages(photographs), generator()
+    uninterrupted.sample(60, (16, 16), draw)
+    assert uninterrupted.skipped
+    resumed = generator()
+    resumed.set_state(draw.get_state())
+    expected = uninterrupted.sample(60, (16, 16), draw)
+    assert torch.equal(NaturalImages(photographs).sample(60, (16, 16), resumed), expected)
+
+
+@pytest.mark.filterwarnings("ignore:natural image left out")
+def test_no_usable_photograph_is_an_error(tmp_path):
+    with pytest.raises(ImageError, match="no image below"):
+        NaturalImages(tmp_path)
+    with pytest.raises(ImageError, match="no such folder"):
+        NaturalImages(tmp_path / "absent")
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    with pytest.raises(ImageError, match="none of the natural images"):
+        NaturalImages(tmp_path).sample(1, (8, 8), generator())
+
+
+def test_packaged_photographs_can_all_be_read():
+    paths = packaged_photographs()
+    assert len(paths) >= 8 and NaturalImages().paths == paths
+    for path in paths:
+        assert min(read_image(path).shape[1:]) >= 256
