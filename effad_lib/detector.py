@@ -1,0 +1,126 @@
+"""`EfficientAD`: the three networks with their normalisation; image in, anomaly maps and score out; save and load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effad_lib import __version__
+from effad_lib.images import Size, check_size
+from effad_lib.networks import IMAGENET_MEAN, IMAGENET_STD, PDN, Autoencoder, feature_size
+from effad_lib.runs import write_with
+from effad_lib.settings import SettingsError
+
+CARD_FIELDS = ("size", "channels", "padding", "image_size")
+
+
+class AnomalyMaps(NamedTuple):
+    """Anomaly maps [N, 1, H, W] on the model's scale: 0 and 0.1 are the 0.9 and 0.995 quantiles of normal images."""
+
+    combined: Tensor
+    student_teacher: Tensor
+    student_autoencoder: Tensor
+
+    @property
+    def score(self) -> Tensor:
+        """The image scores [N]: the largest value of the combined map, not clamped."""
+        return self.combined.amax(dim=(1, 2, 3))
+
+
+class EfficientAD(nn.Module):
+    """EfficientAD of size S, M or XS: teacher, student with twice the channels, autoencoder, and all normalisation.
+
+    `forward`: images [N, 3, H, W] in [0, 1] → `AnomalyMaps` at the images' size, any H and W of at least 64.
+    `image_size` is the size it is trained for. Before calibration both maps are on their raw scale. Algorithm 2.
+    """
+
+    def __init__(
+        self, size: str = "S", channels: int = 384, padding: bool = False, image_size: Size = (256, 256)
+    ) -> None:
+        super().__init__()
+        self.size, self.channels, self.padding = size, channels, padding
+        self.image_size = check_size(image_size)
+        self.teacher = PDN(size, channels, padding).requires_grad_(False)
+        self.student = PDN(size, 2 * channels, padding)
+        self.autoencoder = Autoencoder(size, channels, padding)
+        self.threshold: float | None = None
+        self.card: dict[str, Any] = {}
+        self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("teacher_mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("teacher_std", torch.ones(1, channels, 1, 1))
+        # Rows: student–teacher, student–autoencoder; columns: q_a and q_b. (0, 0.1) leaves the raw maps as they are.
+        self.register_buffer("quantiles", torch.tensor([[0.0, 0.1], [0.0, 0.1]]))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Return images in [0, 1] with the ImageNet mean subtracted and divided by its deviation."""
+        return (images - self.image_mean) / self.image_std
+
+    def teacher_features(self, normalised: Tensor) -> Tensor:
+        """Return the teacher's output, standardised per channel: T̂ = (T − μ)/σ, [N, C, h, w]."""
+        return (self.teacher(normalised) - self.teacher_mean) / self.teacher_std
+
+    def raw_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the student–teacher and student–autoencoder maps [N, 1, h, w] on the PDN's grid, not normalised."""
+        normalised = self.normalise(images)
+        by_teacher, by_autoencoder = self.student(normalised).split(self.channels, dim=1)
+        student_teacher = (self.teacher_features(normalised) - by_teacher).square().mean(dim=1, keepdim=True)
+        student_autoencoder = (self.autoencoder(normalised) - by_autoencoder).square().mean(dim=1, keepdim=True)
+        return student_teacher, student_autoencoder
+
+    def forward(self, images: Tensor) -> AnomalyMaps:
+        size = images.shape[-2], images.shape[-1]
+        maps = torch.cat(self.raw_maps(images), dim=1).float()
+        if not self.padding:
+            # Raw zeros mean "no difference"; padded after normalisation, the border would be brighter than the rest.
+            rows, columns = (
+                whole - inner for whole, inner in zip(feature_size(size, True), feature_size(size, False), strict=True)
+            )
+            maps = F.pad(maps, (4, columns - 4, 4, rows - 4))
+        maps = F.interpolate(maps, size, mode="bilinear")
+        low, high = self.quantiles.T.reshape(2, 1, 2, 1, 1)
+        # A map that is constant on normal images has q_a = q_b; the smallest step keeps it finite.
+        maps = 0.1 * (maps - low) / (high - low).clamp(min=1e-8)
+        student_teacher, student_autoencoder = maps.split(1, dim=1)
+        return AnomalyMaps(0.5 * student_teacher + 0.5 * student_autoencoder, student_teacher, student_autoencoder)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the networks are on."""
+        return self.teacher_mean.device
+
+    def save(self, path: str | Path, card: dict[str, Any] | None = None) -> Path:
+        """Save weights and card in one safetensors file, whole or not at all; the card is readable JSON metadata."""
+        card = (self.card if card is None else card) | {name: getattr(self, name) for name in CARD_FIELDS}
+        card |= {"threshold": self.threshold, "effad": __version__}
+        self.card = json.loads(json.dumps(card))
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        metadata = {"effad_card": json.dumps(self.card)}
+        return write_with(path, lambda partial: save_file(weights, partial, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> EfficientAD:
+        """Load a detector in evaluation mode. Raises `SettingsError` if the file is not a whole effad model."""
+        path = Path(path)
+        if not path.is_file():
+            raise SettingsError(f"model {path}: there is no such file. Train one with `effad train`.")
+        try:
+            with safe_open(path, "pt") as file:
+                card = json.loads((file.metadata() or {})["effad_card"])
+                weights = {name: file.get_tensor(name) for name in file.keys()}
+            detector = cls(card["size"], card["channels"], card["padding"], tuple(card["image_size"]))
+            detector.load_state_dict(weights)
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SettingsError(
+                f"model {path}: not a whole effad model ({reason}). Train or fetch it again."
+            ) from error
+        detector.card, detector.threshold = card, card["threshold"]
+        return detector.eval().to(device)

@@ -1,0 +1,184 @@
+"""The networks: patch description networks (teacher and student) as a table, and the autoencoder for any image size."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effad_lib.images import Size, check_size
+from effad_lib.settings import SettingsError, nearest
+
+
+class Conv(NamedTuple):
+    """A convolution `kernel` × `kernel` to `channels`; `padding` holds in the padded variant only."""
+
+    kernel: int
+    channels: int
+    padding: int
+    stride: int = 1
+
+
+class Pool(NamedTuple):
+    """Average pooling 2×2 with stride 2; `padding` holds in the padded variant only."""
+
+    padding: int = 1
+
+
+OUT = -1
+"""Stands for the network's number of output channels in the tables."""
+
+PDN_LAYERS: dict[str, tuple[Conv | Pool, ...]] = {
+    # The paper's Tables 4 and 5.
+    "S": (Conv(4, 128, 3), Pool(), Conv(4, 256, 3), Pool(), Conv(3, 256, 1), Conv(4, OUT, 0)),
+    "M": (
+        *(Conv(4, 256, 3), Pool(), Conv(4, 512, 3), Pool()),
+        *(Conv(1, 512, 0), Conv(3, 512, 1), Conv(4, OUT, 0), Conv(1, OUT, 0)),
+    ),
+    # Ours, for CPUs: a convolution followed by pooling becomes one strided convolution of the same 5×5 field.
+    "XS": (Conv(5, 64, 4, 2), Conv(5, 128, 4, 2), Conv(3, 128, 1), Conv(4, 128, 0), Conv(1, OUT, 0)),
+}
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and deviation by which images in [0, 1] are normalised before any of the networks."""
+
+STRIDE = 4
+RECEPTIVE_FIELD = 33
+
+
+def check_network(size: str) -> str:
+    """Return `size` if there is such a network. Raises `SettingsError` that lists the known sizes."""
+    if size not in PDN_LAYERS:
+        raise SettingsError(f"unknown network size {size!r}: {nearest(size, PDN_LAYERS)}")
+    return size
+
+
+def feature_size(image_size: Size, padding: bool) -> Size:
+    """Return height and width of the PDN's output: one cell every 4 pixels, 8 cells fewer without padding."""
+    height, width = check_size(image_size)
+    if padding:
+        return -(-height // STRIDE), -(-width // STRIDE)
+    return (height - RECEPTIVE_FIELD) // STRIDE + 1, (width - RECEPTIVE_FIELD) // STRIDE + 1
+
+
+class PDN(nn.Module):
+    """Patch description network of the given size: each output vector describes 33×33 pixels, one every 4 pixels.
+
+    `forward`: normalised images [N, 3, H, W] → features [N, out_channels, h, w] with (h, w) = `feature_size`. The
+    padded and the unpadded variant share weights: cell (i, j) of the unpadded one is cell (i+4, j+4) of the padded one.
+    Raises `SettingsError` for an unknown size. Paper, Section 3.1 and Tables 4 and 5.
+    """
+
+    def __init__(self, size: str = "S", out_channels: int = 384, padding: bool = False) -> None:
+        super().__init__()
+        self.size, self.out_channels, self.padding = check_network(size), out_channels, padding
+        layers: list[nn.Module] = []
+        channels = 3
+        for layer in PDN_LAYERS[size]:
+            pad = layer.padding if padding else 0
+            if isinstance(layer, Pool):
+                layers.append(nn.AvgPool2d(2, stride=2, padding=pad))
+                continue
+            out = out_channels if layer.channels == OUT else layer.channels
+            layers += [nn.Conv2d(channels, out, layer.kernel, layer.stride, pad), nn.ReLU()]
+            channels = out
+        *trunk, head, _ = layers
+        self.trunk, self.head = nn.Sequential(*trunk), head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.trunk(images))
+
+    def halves(self, images: Tensor, counts: list[tuple[int, bool]]) -> list[Tensor]:
+        """Run one batch through the trunk and, for each group of images, only one half of the last layer.
+
+        `counts` lists the groups in the batch's order: how many images, and whether the second half (the one that
+        imitates the autoencoder) is wanted rather than the first (the one that imitates the teacher). Returns for each
+        group [n, out_channels / 2, h, w]. Without batch normalisation this equals separate passes.
+        """
+        features = self.trunk(images).split([count for count, _ in counts])
+        half = self.out_channels // 2
+        return [
+            F.conv2d(group, self.head.weight[half:], self.head.bias[half:])
+            if second
+            else F.conv2d(group, self.head.weight[:half], self.head.bias[:half])
+            for group, (_, second) in zip(features, counts, strict=True)
+        ]
+
+
+AUTOENCODER_WIDTHS = {"S": 64, "M": 64, "XS": 32}
+
+
+class Autoencoder(nn.Module):
+    """The autoencoder: a whole image through a bottleneck of one 64-vector (for 256×256) to the teacher's feature map.
+
+    `forward`: normalised images [N, 3, H, W] → [N, out_channels, h, w] with (h, w) = `feature_size`, for any H and W of
+    at least 64. No skip connections. Paper, Table 6; other sizes scale the decoder's steps: H/64−1, H/32, H/16−1, H/8,
+    H/4−1, H/2−1. XS is half as wide and leaves the last step out, from which the paper's decoder resizes down again.
+    """
+
+    def __init__(self, size: str = "S", out_channels: int = 384, padding: bool = False) -> None:
+        super().__init__()
+        self.size, self.padding = check_network(size), padding
+        width = AUTOENCODER_WIDTHS[size]
+        channels = (3, width // 2, width // 2, width, width, width)
+        encoder: list[nn.Module] = []
+        for before, after in pairwise(channels):
+            encoder += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+        self.encoder = nn.Sequential(*encoder, nn.Conv2d(width, 64, 8))
+        steps = 5 if size == "XS" else 6
+        self.decoder = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(64 if i == 0 else width, width, 4, padding=2), nn.ReLU(), nn.Dropout(0.2))
+            for i in range(steps)
+        )
+        self.last = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, out_channels, 3, padding=1)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        size = images.shape[-2], images.shape[-1]
+        features = self.encode(images)
+        for step, block in zip(decoder_sizes(size), self.decoder, strict=False):
+            features = block(F.interpolate(features, step, mode="bilinear"))
+        return self.last(F.interpolate(features, feature_size(size, self.padding), mode="bilinear"))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the bottleneck: one 64-vector for each 32 pixels beyond the first 224 in a row or column.
+
+        Images under 256 pixels leave the last convolution fewer than 8×8 cells; they are filled up with zeros to 8×8.
+        """
+        *convolutions, bottleneck = self.encoder
+        features = images
+        for layer in convolutions:
+            features = layer(features)
+        missing = [max(0, 8 - side) for side in features.shape[-2:]]
+        if any(missing):
+            top, left = missing[0] // 2, missing[1] // 2
+            features = F.pad(features, (left, missing[1] - left, top, missing[0] - top))
+        return bottleneck(features)
+
+
+def decoder_sizes(image_size: Size) -> list[Size]:
+    """Return the six sizes to which the decoder resizes in turn: 3, 8, 15, 32, 63, 127 for 256 pixels."""
+    scales = ((64, 1), (32, 0), (16, 1), (8, 0), (4, 1), (2, 1))
+    return [tuple(max(1, side // divisor - less) for side in image_size) for divisor, less in scales]
+
+
+@torch.no_grad()
+def initialise(pdn: PDN, images: Tensor) -> Tensor:
+    """Give the PDN He weights, each layer scaled to unit variance on `images` (normalised [N, 3, H, W]).
+
+    Returns the last layer's input [N, C, h, w]. Ours, for short schedules: torch's default initialisation passes on so
+    little variance that the first hundreds of steps are spent on growing it.
+    """
+    features = images
+    for layer in [*pdn.trunk, pdn.head]:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+            layer.weight /= layer(features).std().clamp(min=1e-6)
+        if layer is not pdn.head:
+            features = layer(features)
+    return features
