@@ -1,0 +1,32 @@
+"""Procedural industrial products with exact defect masks, written in the MVTec AD layout.
+
+Each image is a scene (colour, relief, gloss) seen by a camera (light, lens, noise). A defect changes the scene, not the
+picture, so the camera treats it like the rest. To add a product, write one function in `products.py`; to add a defect,
+one in `defects.py`; each is registered by its decorator.
+"""
+
+from effad_lib.synthesis import board as _board  # noqa: F401  (registers the product)
+from effad_lib.synthesis.defects import DEFECTS, defect
+from effad_lib.synthesis.products import PRODUCTS, product
+from effad_lib.synthesis.rendering import TOLERANCE, SyntheticImage, defect_names, product_names, render
+from effad_lib.synthesis.scene import SynthesisError
+from effad_lib.synthesis.writer import write_dataset
+
+# Flat, textured and full of parts at fixed places: scratches and stains make sense on it, and so does a part that is
+# missing or misplaced.
+DEFAULT_PRODUCT = "board"
+
+__all__ = [
+    "DEFAULT_PRODUCT",
+    "DEFECTS",
+    "PRODUCTS",
+    "TOLERANCE",
+    "SynthesisError",
+    "SyntheticImage",
+    "defect",
+    "defect_names",
+    "product",
+    "product_names",
+    "render",
+    "write_dataset",
+]

@@ -1,0 +1,124 @@
+"""From names and a seed to one image with its mask and its good twin."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from numbers import Integral, Real
+
+import numpy as np
+
+from effad_lib.synthesis.defects import DEFECTS, LOGICAL
+from effad_lib.synthesis.products import PRODUCTS
+from effad_lib.synthesis.scene import Camera, Canvas, SynthesisError
+
+# A pixel belongs to the mask where a defect changes any colour channel by more than this, before noise.
+TOLERANCE = 2 / 255
+
+SMALLEST = 64
+
+
+@dataclass(frozen=True)
+class SyntheticImage:
+    """One rendered image: `image` uint8 [H, W, 3], `mask` bool [H, W], `good_twin` the same shot without the defect.
+
+    Outside the mask, image and twin are equal bit for bit; a good image has an empty mask and is its own twin.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    good_twin: np.ndarray
+    product: str
+    defect: str
+    seed: int
+
+
+def product_names() -> list[str]:
+    """The names of all products."""
+    return list(PRODUCTS)
+
+
+def defect_names(product: str) -> list[str]:
+    """The names of the defects that a product can have; SynthesisError for an unknown product."""
+    check_product(product)
+    return [name for name in DEFECTS if name not in LOGICAL or _has_parts(PRODUCTS[product])]
+
+
+@cache
+def _has_parts(draw: Callable) -> bool:
+    return bool(draw(Canvas(SMALLEST, SMALLEST), np.random.default_rng(0)).parts)
+
+
+def render(
+    product: str,
+    defect: str = "good",
+    *,
+    size: tuple[int, int] = (256, 256),
+    seed: int = 0,
+    severity: float = 1.0,
+) -> SyntheticImage:
+    """Render one image of a product, good or with a defect, with its exact mask.
+
+    `size` is (height, width) in pixels, each at least 64. `severity` in (0, 1] goes from invisible (the mask may then
+    be empty) to obvious; place and shape depend on `seed` alone. The mask is True where the defect changes a colour
+    channel by more than `TOLERANCE` before noise; that of a misplaced part covers its old and its new place.
+    The good twin equals `render(product, size=size, seed=seed).image`. Raises SynthesisError.
+    """
+    check_product(product)
+    if defect != "good":
+        check_name("defect", defect, ["good", *defect_names(product)], f" of {product}")
+    check_size(size)
+    check_severity(severity)
+    check_seed(seed)
+
+    canvas = Canvas(*(int(length) for length in size))
+    streams = [np.random.default_rng(child) for child in np.random.SeedSequence(int(seed)).spawn(3)]
+    item = PRODUCTS[product](canvas, streams[0])
+    camera = Camera(canvas, streams[1])
+    good = camera.expose(item.scene)
+    twin = camera.develop(good)
+    if defect == "good":
+        return SyntheticImage(twin, np.zeros(canvas.shape, bool), twin, product, defect, int(seed))
+
+    scene = DEFECTS[defect](item, streams[2], float(severity))
+    bad = camera.expose(scene)
+    mask = np.abs(bad - good).max(axis=2) > TOLERANCE
+    if scene.claimed is not None and mask.any():
+        mask |= scene.claimed
+    image = np.where(mask[..., None], camera.develop(bad), twin)
+    return SyntheticImage(image, mask, twin, product, defect, int(seed))
+
+
+def check_name(what: str, name: str, known: Iterable[str], of: str = "") -> None:
+    """Raise SynthesisError, naming the nearest known name, unless `name` is known."""
+    known = list(known)
+    if name in known:
+        return
+    nearest = get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise SynthesisError(f"Unknown {what} {name!r}{of}.{hint} Known: {', '.join(known)}.")
+
+
+def check_product(product: str) -> None:
+    check_name("product", product, PRODUCTS)
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Raise SynthesisError unless `size` is (height, width), whole numbers of at least 64 pixels."""
+    pair = tuple(size) if isinstance(size, tuple | list) else ()
+    if len(pair) != 2 or not all(isinstance(length, Integral) and length >= SMALLEST for length in pair):
+        raise SynthesisError(
+            f"size is {size!r}; it must be (height, width), two whole numbers of at least {SMALLEST} pixels."
+        )
+
+
+def check_severity(severity: float) -> None:
+    """Raise SynthesisError unless 0 < severity <= 1."""
+    if not isinstance(severity, Real) or not 0 < severity <= 1:
+        raise SynthesisError(f"severity is {severity!r}; it must be above 0 (invisible) and at most 1 (obvious).")
+
+
+def check_seed(seed: int) -> None:
+    """Raise SynthesisError unless `seed` is a whole number of at least 0."""
+    if not isinstance(seed, Integral) or seed < 0:
+        raise SynthesisError(f"seed is {seed!r}; it must be a whole number of at least 0.")
