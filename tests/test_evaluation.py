@@ -1,0 +1,183 @@
+"""Evaluation with a fake detector whose maps are the image's own colours, so that every number is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from effad_lib import metrics
+from effad_lib.datasets import Sample
+from effad_lib.detector import AnomalyMaps
+from effad_lib.evaluation import evaluate, load_maps, worst_mistakes
+from effad_lib.images import ImageError
+
+
+class Brightness(torch.nn.Module):
+    """Red is the student-teacher map, green the autoencoder map, three times their mean the combined one."""
+
+    def __init__(self, image_size=(64, 64), threshold=None, spoil=None):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(3.0))
+        self.image_size, self.threshold, self.spoil = image_size, threshold, spoil
+        self.batches = []
+
+    def forward(self, images):
+        assert images.dtype == torch.float32 and images.max() <= 1
+        assert not self.training and torch.is_inference_mode_enabled()
+        self.batches.append(len(images))
+        red, green = images[:, :1], images[:, 1:2]
+        if self.spoil is not None:
+            red = torch.where(red > self.spoil, torch.nan, red)
+        return AnomalyMaps((red + green) / 2 * self.scale, red, green)
+
+
+def write_sample(folder, name, level, defect="good", size=(64, 64), mask=True):
+    """A dark image with one pixel of `level` (0..255), if defective also a square of it in a corner."""
+    pixels = np.full((*size, 3), 20, np.uint8)
+    pixels[-1, -1] = level
+    truth = np.zeros(size, np.uint8)
+    if defect != "good":
+        pixels[: size[0] // 4, : size[1] // 4] = level
+        truth[: size[0] // 4, : size[1] // 4] = 255
+    Image.fromarray(pixels).save(folder / f"{name}.png")
+    if defect == "good" or not mask:
+        return Sample(folder / f"{name}.png", None, int(defect != "good"), defect)
+    Image.fromarray(truth).save(folder / f"{name}_mask.png")
+    return Sample(folder / f"{name}.png", folder / f"{name}_mask.png", 1, defect)
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return (
+        write_sample(tmp_path, "a", 50),
+        write_sample(tmp_path, "b", 120, size=(96, 128)),
+        write_sample(tmp_path, "c", 200, "dent"),
+        write_sample(tmp_path, "d", 100, "dent", size=(96, 128)),
+        write_sample(tmp_path, "e", 255, "hole"),
+    )
+
+
+def test_scores_maps_and_metrics(samples):
+    detector = Brightness()
+    found = evaluate(detector, samples, batch_size=2)
+    assert detector.batches == [2, 2, 1] and detector.training
+    assert found.samples == samples and found.skipped == () and found.notes == []
+    assert found.labels.tolist() == [0, 0, 1, 1, 1]
+    assert found.maps.combined.shape == (5, 64, 64) and found.maps.combined.dtype == np.float32
+    assert found.scores[[0, 2, 4]] == pytest.approx(3 * np.array([50, 200, 255]) / 255)
+    assert found.scores[4] > 1  # not clamped
+    assert found.maps.student_teacher[2, 0, 0] == pytest.approx(200 / 255)
+    result = found.metrics()
+    assert list(result) == ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "au_pro"]
+    assert result["image_auroc"] == pytest.approx(roc_auc_score(found.labels, found.scores))
+    truth = np.concatenate([found.mask(i).ravel() for i in range(5)])
+    heat = np.concatenate([found.heat(i).ravel() for i in range(5)])
+    assert result["pixel_auroc"] == pytest.approx(roc_auc_score(truth, heat))
+    both = [[get(i) for i in range(5)] for get in (found.heat, found.mask)]
+    assert result["au_pro"] == pytest.approx(metrics.au_pro(*both))
+
+
+def test_maps_and_masks_are_compared_at_the_original_size(samples):
+    found = evaluate(Brightness(), samples)
+    assert found.sizes[1] == (96, 128)
+    assert found.heat(3).shape == found.mask(3).shape == (96, 128)
+    assert found.mask(3)[:24, :32].all() and found.mask(3).sum() == 24 * 32
+    assert found.mask(1).shape == (96, 128) and not found.mask(1).any()
+    # Bilinear, pixel centres aligned at half: far from edges the square keeps its value and its place.
+    assert found.heat(3)[:20, :27] == pytest.approx(3 * 100 / 255)
+    assert found.heat(3)[28:90, 37:120] == pytest.approx(3 * 20 / 255)
+    assert np.array_equal(found.heat(0), found.maps.combined[0])
+
+
+def test_rectangular_detector(samples):
+    assert evaluate(Brightness((64, 96)), samples).maps.combined.shape == (5, 64, 96)
+
+
+def test_by_defect(samples):
+    table = evaluate(Brightness(threshold=1.2), samples).by_defect()
+    assert table.index.tolist() == ["dent", "hole"]
+    assert table["images"].tolist() == [2, 1]
+    assert table["misses"].tolist() == [1, 0]
+    assert table.loc["hole", "image_auroc"] == 1 and table.loc["hole", "au_pro"] == pytest.approx(1, abs=1e-3)
+    assert table.loc["dent", "mean_score"] == pytest.approx(3 * 150 / 255)
+    assert evaluate(Brightness(), samples).by_defect()["misses"].isna().all()
+
+
+def test_a_missing_mask_leaves_out_the_pixel_metrics(samples, tmp_path):
+    found = evaluate(Brightness(), (*samples, write_sample(tmp_path, "f", 180, "hole", mask=False)))
+    result = found.metrics()
+    assert result["pixel_auroc"] is None and result["au_pro"] is None and result["image_auroc"] is not None
+    assert found.mask(5) is None
+    assert found.notes == ["1 defective images have no mask: no pixel AU-ROC and AU-PRO."]
+    table = found.by_defect()
+    assert np.isnan(table.loc["hole", "au_pro"]) and table.loc["dent", "au_pro"] > 0
+
+
+def test_only_good_or_only_defective_images(samples):
+    good = evaluate(Brightness(), samples[:2])
+    assert set(good.metrics().values()) == {None}
+    assert any("No defective image among 2" in note for note in good.notes)
+    assert len(good.by_defect()) == 0
+    bad = evaluate(Brightness(), samples[2:])
+    assert bad.metrics()["image_auroc"] is None and bad.metrics()["au_pro"] > 0.5
+    assert bad.notes == ["No good image among 3: no image AU-ROC, AP and F1-max."]
+
+
+def test_unreadable_images_are_reported_and_skipped(samples, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    broken = Sample(tmp_path / "broken.png", None, 1, "dent")
+    with pytest.warns(UserWarning, match=r"1 images skipped: .*broken\.png"):
+        found = evaluate(Brightness(), (samples[0], broken, *samples[1:]))
+    assert found.samples == samples and len(found.scores) == 5
+    assert "broken.png" in found.skipped[0] and found.notes == ["1 unreadable images were skipped."]
+    assert found.metrics() == evaluate(Brightness(), samples).metrics()
+    with pytest.raises(ValueError, match=r"nothing to evaluate: none of 1 can be read.*broken\.png"):
+        evaluate(Brightness(), [broken])
+    with pytest.raises(ValueError, match="nothing to evaluate: no samples"):
+        evaluate(Brightness(), [])
+
+
+def test_a_wrong_mask_stops_before_the_first_image_is_scored(samples, tmp_path):
+    detector = Brightness()
+    wrong = Sample(samples[2].image, samples[3].mask, 1, "dent")
+    with pytest.raises(ImageError, match=r"d_mask\.png"):
+        evaluate(detector, (*samples, wrong))
+    assert detector.batches == []
+
+
+def test_a_map_with_nan_names_the_image(samples):
+    with pytest.raises(ValueError, match=r"e\.png.*NaN"):
+        evaluate(Brightness(spoil=0.9), samples)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        evaluate(Brightness(), samples, batch_size=0)
+
+
+def test_save_and_load(samples, tmp_path):
+    found = evaluate(Brightness(threshold=1.2), samples)
+    stale = tmp_path / "out" / "maps" / "00009.npz"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"from an earlier, longer evaluation")
+    found.save(tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out" / "scores.csv")
+    assert table.columns.tolist() == ["file", "label", "defect", "score", "decision"]
+    assert table["decision"].tolist() == [0, 0, 1, 0, 1]
+    assert np.array_equal(table["score"], found.scores)  # written without rounding
+    assert table["file"][4].endswith("e.png")
+    assert sorted(path.name for path in stale.parent.iterdir()) == [f"{k:05d}.npz" for k in range(5)]
+    for index in range(5):
+        maps = load_maps(tmp_path / "out", index)
+        assert maps.combined == pytest.approx(found.maps.combined[index], rel=1e-3)
+        assert maps.student_autoencoder == pytest.approx(found.maps.student_autoencoder[index], rel=1e-3)
+    evaluate(Brightness(), samples).save(tmp_path / "undecided")
+    assert pd.read_csv(tmp_path / "undecided" / "scores.csv")["decision"].isna().all()
+
+
+def test_worst_mistakes():
+    scores = np.array([0.1, 0.9, 0.4, 0.2, 0.5, 0.7])
+    labels = np.array([1, 0, 1, 0, 1, 0])
+    misses, false_alarms = worst_mistakes(scores, labels, threshold=0.5)
+    assert misses.tolist() == [0, 2, 4] and false_alarms.tolist() == [1, 5]
+    misses, false_alarms = worst_mistakes(scores, labels, threshold=0.7, count=1)
+    assert misses.tolist() == [0] and false_alarms.tolist() == [1]

@@ -1,0 +1,178 @@
+"""The metrics against slow brute force, against scikit-learn, and against cases worked out by hand."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+from effad_lib import metrics
+
+
+def flood_fill(mask):
+    """Regions as lists of pixels, found by walking over the eight neighbours."""
+    left, regions = set(zip(*np.nonzero(mask), strict=True)), []
+    while left:
+        region, queue = [], [left.pop()]
+        while queue:
+            y, x = queue.pop()
+            region.append((y, x))
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= near
+            queue += near
+        regions.append(region)
+    return regions
+
+
+def slow_au_pro(maps, masks, limit):
+    """One threshold after another, every pixel looked at for each; the area summed up piece by piece."""
+    pairs = list(zip(maps, masks, strict=True))
+    regions = [np.array([heat[pixel] for pixel in region]) for heat, mask in pairs for region in flood_fill(mask)]
+    normal = np.concatenate([heat[~mask] for heat, mask in pairs])
+    points = [(0.0, 0.0)]
+    for threshold in sorted({value for heat in maps for value in heat.ravel()}, reverse=True):
+        overlap = np.mean([np.mean(region >= threshold) for region in regions])
+        points.append((np.mean(normal >= threshold), overlap))
+    area = 0.0
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 >= limit:
+            break
+        if x1 > limit:
+            x1, y1 = limit, y0 + (y1 - y0) * (limit - x0) / (x1 - x0)
+        area += (x1 - x0) * (y0 + y1) / 2
+    return area / limit
+
+
+def random_case(seed, levels):
+    """Six small maps of two sizes, the first two defect-free; few levels make many ties."""
+    rng = np.random.default_rng(seed)
+    maps, masks = [], []
+    for index in range(6):
+        shape = (9, 7) if index % 2 else (6, 11)
+        masks.append(rng.random(shape) < (0.0 if index < 2 else 0.15))
+        maps.append((rng.integers(0, levels, shape) + 2 * masks[-1]).astype(np.float32))
+    return maps, masks
+
+
+@pytest.mark.parametrize("levels", [3, 20, 100_000])
+@pytest.mark.parametrize("seed", range(4))
+def test_au_pro_equals_the_threshold_loop(seed, levels):
+    maps, masks = random_case(seed, levels)
+    for limit in (0.05, 0.3, 1.0):
+        assert metrics.au_pro(maps, masks, limit) == pytest.approx(slow_au_pro(maps, masks, limit), abs=1e-12)
+
+
+@pytest.mark.parametrize("levels", [3, 20, 100_000])
+def test_pixel_auroc_equals_scikit_learn(levels):
+    maps, masks = random_case(5, levels)
+    truth, heat = (np.concatenate([item.ravel() for item in items]) for items in (masks, maps))
+    assert metrics.pixel_auroc(maps, masks) == pytest.approx(roc_auc_score(truth, heat), abs=1e-12)
+
+
+def test_au_pro_of_one_pixel_found_after_a_tenth_of_the_normal_ones():
+    heat = np.arange(101, dtype=float)[None]  # 100 normal pixels, the defect is the eleventh highest
+    mask = np.arange(101)[None] == 90
+    # overlap 0 up to FPR 0.1, then 1
+    assert metrics.au_pro([heat], [mask], 0.3) == pytest.approx(2 / 3)
+    assert metrics.au_pro([heat], [mask], 0.1) == 0.0
+    assert metrics.pixel_auroc([heat], [mask]) == pytest.approx(0.9)
+
+
+def test_au_pro_of_perfect_constant_and_inverted_maps():
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[:2, :3] = True  # in a corner
+    assert metrics.au_pro([mask.astype(float)], [mask]) == pytest.approx(1.0)
+    # All equal: the curve is the diagonal, whose area up to a limit is half of limit squared.
+    assert metrics.au_pro([np.ones((8, 8))], [mask], 0.3) == pytest.approx(0.15)
+    assert metrics.au_pro([-mask.astype(float)], [mask]) == 0.0
+
+
+def test_regions_that_touch_at_a_corner_are_one():
+    heat = np.zeros((4, 6))
+    mask = np.zeros((4, 6), dtype=bool)
+    mask[0, 0] = mask[1, 1] = mask[1, 2] = mask[2, 3] = True
+    heat[0, 0] = 1  # one of four pixels is found without a false alarm
+    fpr, overlap = metrics.pro_curve([heat], [mask])
+    assert overlap[fpr == 0].max() == pytest.approx(1 / 4)
+    mask[1, 1] = False  # now two regions, and the first is found completely
+    fpr, overlap = metrics.pro_curve([heat], [mask])
+    assert overlap[fpr == 0].max() == pytest.approx(1 / 2)
+
+
+def test_defect_free_images_dilute_the_false_positive_rate():
+    heat, mask = np.array([[3.0, 2.0, 1.0, 0.0]]), np.array([[False, True, False, False]])
+    clean = np.zeros((1, 7))
+    fpr, overlap = metrics.pro_curve([heat, clean], [mask, np.zeros((1, 7), dtype=bool)])
+    assert fpr[np.argmax(overlap == 1)] == pytest.approx(1 / 10)
+
+
+def test_the_curve_runs_from_the_origin_to_one_and_never_falls():
+    curve = metrics.pro_curve(*random_case(2, 20))
+    for axis in curve:
+        assert axis[0] == 0 and axis[-1] == 1 and (np.diff(axis) >= 0).all()
+
+
+def test_metrics_that_cannot_be_computed_are_none():
+    heat, none, every = np.ones((3, 3)), np.zeros((3, 3), dtype=bool), np.ones((3, 3), dtype=bool)
+    for mask in (none, every):
+        assert metrics.au_pro([heat], [mask]) is None
+        assert metrics.pixel_auroc([heat], [mask]) is None
+    for labels in ([0, 0], [1, 1]):
+        assert metrics.image_auroc([1.0, 2.0], labels) is None
+        assert metrics.image_ap([1.0, 2.0], labels) is None
+        assert metrics.image_f1_max([1.0, 2.0], labels) == (None, None)
+
+
+def test_image_metrics_by_hand():
+    scores, labels = np.array([5.0, 4.0, 3.0, 2.0, 1.0]), np.array([1, 0, 1, 0, 0])
+    assert metrics.image_auroc(scores, labels) == pytest.approx(5 / 6)  # five of six pairs in order
+    assert metrics.image_ap(scores, labels) == pytest.approx((1 + 2 / 3) / 2)
+    assert metrics.image_f1_max(scores, labels) == (pytest.approx(0.8), 3.0)
+    assert metrics.image_auroc(np.ones(5), labels) == 0.5
+
+
+def test_f1_max_equals_the_best_of_all_thresholds():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 2, 80)
+    scores = np.round(rng.normal(labels, 1.0), 1)
+    f1, threshold = metrics.image_f1_max(scores, labels)
+    assert f1 == pytest.approx(max(f1_score(labels, scores >= t) for t in scores))
+    assert f1 == pytest.approx(f1_score(labels, scores >= threshold))
+    assert metrics.image_ap(scores, labels) == pytest.approx(average_precision_score(labels, scores))
+
+
+def test_items_may_be_computed_on_request():
+    maps, masks = random_case(1, 20)
+
+    class OnRequest:
+        def __init__(self, items):
+            self.items = items
+
+        def __len__(self):
+            return len(self.items)
+
+        def __getitem__(self, index):
+            return self.items[index].copy()
+
+    assert metrics.au_pro(OnRequest(maps), OnRequest(masks)) == metrics.au_pro(maps, masks)
+
+
+def test_wrong_input_is_named():
+    heat, mask = np.zeros((2, 2)), np.zeros((2, 2), dtype=bool)
+    spoilt = np.array([[0.0, np.nan], [0.0, 0.0]])
+    with pytest.raises(ValueError, match=r"image 1.*NaN"):
+        metrics.au_pro([heat, spoilt], [mask, mask])
+    with pytest.raises(ValueError, match=r"image 0.*uint8"):
+        metrics.pixel_auroc([heat], [mask.astype(np.uint8)])
+    with pytest.raises(ValueError, match=r"image 0.*\(2, 2\).*\(2, 3\)"):
+        metrics.pixel_auroc([heat], [np.zeros((2, 3), dtype=bool)])
+    with pytest.raises(ValueError, match="2 maps but 1 masks"):
+        metrics.au_pro([heat, heat], [mask])
+    with pytest.raises(ValueError, match="fpr_limit is 0"):
+        metrics.au_pro([heat], [mask], 0)
+    with pytest.raises(ValueError, match="score of image 2 is NaN"):
+        metrics.image_auroc([0.0, 1.0, np.nan], [0, 1, 1])
+    with pytest.raises(ValueError, match="label of image 1 is 2"):
+        metrics.image_ap([0.0, 1.0], [0, 2])
+    with pytest.raises(ValueError, match="same length"):
+        metrics.image_f1_max([0.0, 1.0], [0])
