@@ -31,6 +31,7 @@ TEACHERS = PROJECT / "data" / "teachers"
 class DistillationSettings(Settings):
     """Settings of a distillation; the defaults are the paper's (Algorithm 3)."""
 
+    run_folder: str = "runs/distillation"
     size: str = "S"
     channels: int = 384
     backbone: str = "wide_resnet101_2"
@@ -163,18 +164,13 @@ def learning_rate_factor(step: int, steps: int, schedule: str) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def distil(
-    settings: DistillationSettings,
-    folder: str | Path,
-    *,
-    on_step: Callable[[int, float], None] | None = None,
-) -> Run:
-    """Distil a teacher into the run `folder`, or continue one that was interrupted there.
+def distil(settings: DistillationSettings, *, on_step: Callable[[int, float], None] | None = None) -> Run:
+    """Distil a teacher into `settings.run_folder`, or continue one that was interrupted there.
 
     Writes `teacher.safetensors` with its card `teacher.json`, TensorBoard scalars, a checkpoint now and then, and
     `metrics.json` at the end. Raises `SettingsError`, `ImageError` or `RunError` before work starts. Algorithm 3.
     """
-    run = Run(folder)
+    run = Run(settings.run_folder)
     device = pick_device(settings.device)
     natural = NaturalImages(settings.images)
     held_out = NaturalImages(settings.images)
@@ -184,7 +180,7 @@ def distil(
     held_out.paths = [natural.paths[index] for index in chosen]
     natural.paths = [path for index, path in enumerate(natural.paths) if index not in set(chosen)]
     backbone = load_backbone(settings.backbone, settings.backbone_weights, width=settings.channels).to(device)
-    run.start(settings, may_change=("device", "backbone_weights", "images", "checkpoint_seconds"))
+    run.start(settings, may_change=("run_folder", "device", "backbone_weights", "images", "checkpoint_seconds"))
     if run.done:
         return run
     return _distil(settings, run, Views(settings, natural, backbone), held_out, device, on_step)

@@ -1,0 +1,430 @@
+"""Teacher → student and autoencoder: settings, step, schedule and loop (Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from effad_lib import losses
+from effad_lib.calibration import calibrate
+from effad_lib.datasets import Split
+from effad_lib.detector import EfficientAD
+from effad_lib.distillation import channel_statistics, learning_rate_factor, load_teacher
+from effad_lib.images import NaturalImages, augment_colour, check_size, load_images, to_float
+from effad_lib.networks import initialise
+from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
+from effad_lib.settings import PRECISIONS, Settings, pick_device
+
+KEPT_CHECKPOINTS = 3
+VALIDATION_IMAGES = 64
+"""So many held-out images at most enter the validation loss; all of them enter the calibration."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings(Settings):
+    """Settings of a training; the defaults are the paper's (Algorithm 1), on the first synthetic product."""
+
+    run_folder: str = "runs/training"
+    dataset: str = "synthetic"  # mvtec_ad, folder, elpv, synthetic, or one registered by the user
+    category: str = ""  # which category, product or kind of cell; "" takes the data set's first
+    data_root: str = ""  # folder of the data set; "" takes the default under data/
+    size: str = "S"  # S or M (paper), XS (for CPUs)
+    teacher: str = ""  # a .safetensors file of `effad distill`; "" takes the shipped one of this size
+    padding: bool = False  # the paper's headline figures use the unpadded networks
+    image_size: list[int] = (256, 256)  # height and width in pixels
+    steps: int = 70_000
+    batch_size: int = 1
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-5
+    schedule: str = "step"  # ×0.1 after 95 % of the steps (paper), or "cosine" with 5 % warm-up
+    initialisation: str = "default"  # torch's, or "scaled": layers of unit variance, for short schedules
+    hard_quantile: float = 0.999  # share of the student–teacher differences that is left out of the loss
+    weight_hard: float = 1.0
+    weight_penalty: float = 1.0
+    weight_autoencoder: float = 1.0
+    weight_student_autoencoder: float = 1.0
+    penalty_images: str = ""  # folder of natural images; "" takes the photographs inside installed packages
+    penalty_crop_scale: list[float] = ()  # [] as in the paper; [low, high] random crops of this share of the area
+    validation_share: float = 0.1  # of the training images, held out for calibration and checkpoints
+    validate_every: int = 1000  # steps between validation losses
+    patience: int = 0  # stop after so many validations without a better loss; 0 never does
+    checkpoint: str = "last"  # which weights become the model: "last" (paper) or "best" validation loss
+    checkpoint_every: int = 1000  # steps between checkpoints
+    cache_gb: float = 2.0  # room for the teacher's output on the training images, computed once if it fits
+    ablation_steps: int = 0  # steps of a second training without the penalty that notebook 03 compares with; 0 skips it
+    seed: int = 0
+    precision: str = "float32"
+    device: str = "auto"
+
+    def check(self) -> None:
+        check_size(self.image_size)
+        for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
+            self.require(getattr(self, name) >= 1, name, "a whole number of at least 1")
+        self.require(0 < self.learning_rate < 1, "learning_rate", "a number between 0 and 1")
+        self.require(self.schedule in ("step", "cosine", "constant"), "schedule", "'step', 'cosine' or 'constant'")
+        self.require(self.initialisation in ("default", "scaled"), "initialisation", "'default' or 'scaled'")
+        self.require(0 <= self.hard_quantile < 1, "hard_quantile", "a share in [0, 1)")
+        for name in ("weight_hard", "weight_penalty", "weight_autoencoder", "weight_student_autoencoder"):
+            self.require(0 <= getattr(self, name) < math.inf, name, "a weight of zero or more")
+        crop = self.penalty_crop_scale
+        sound = not crop or (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1)
+        self.require(sound, "penalty_crop_scale", "[] or two shares of the area, 0 < low <= high <= 1")
+        self.require(0 < self.validation_share < 1, "validation_share", "a share between 0 and 1")
+        self.require(self.ablation_steps >= 0, "ablation_steps", "zero or a number of steps")
+        self.require(self.patience >= 0, "patience", "zero or a number of validations")
+        self.require(self.checkpoint in ("last", "best"), "checkpoint", "'last' or 'best'")
+        self.require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+        pick_device(self.device)
+
+
+class Losses(NamedTuple):
+    """The four terms of one step, each a scalar tensor."""
+
+    hard: Tensor
+    penalty: Tensor
+    autoencoder: Tensor
+    student_autoencoder: Tensor
+
+
+def training_losses(
+    detector: EfficientAD,
+    images: Tensor,
+    augmented: Tensor,
+    natural: Tensor,
+    *,
+    hard_quantile: float = 0.999,
+    teacher_features: Tensor | None = None,
+) -> Losses:
+    """Return the four loss terms of one step of Algorithm 1.
+
+    `images`, `augmented` and `natural` [N, 3, H, W] in [0, 1]; `teacher_features` is T̂(images) [N, C, h, w] where it is
+    known already. The three student passes run as one batch, each through the half of the last layer that it needs.
+    """
+    with torch.no_grad():
+        normalised, changed = detector.normalise(images), detector.normalise(augmented)
+        if teacher_features is None:
+            both = detector.teacher_features(torch.cat([normalised, changed]))
+            teacher_features, teacher_changed = both.split([len(images), len(augmented)])
+        else:
+            teacher_changed = detector.teacher_features(changed)
+    student_images, student_natural, student_changed = detector.student.halves(
+        torch.cat([normalised, detector.normalise(natural), changed]),
+        [(len(images), False), (len(natural), False), (len(augmented), True)],
+    )
+    rebuilt = detector.autoencoder(changed)
+    return Losses(
+        losses.hard_feature_loss(teacher_features, student_images, hard_quantile),
+        losses.penalty_loss(student_natural),
+        losses.autoencoder_loss(teacher_changed, rebuilt),
+        losses.student_autoencoder_loss(rebuilt, student_changed),
+    )
+
+
+def train(
+    settings: TrainingSettings, split: Split, *, on_validation: Callable[[dict[str, float]], None] | None = None
+) -> EfficientAD:
+    """Train a detector on the normal images of `split` in `settings.run_folder`, or continue there.
+
+    Writes `parameters.yaml`, checkpoints (last, best, the three best by validation loss), TensorBoard scalars and maps,
+    `history.csv` and at the end `model.safetensors`. A finished training is loaded. A resumed one ends with the same
+    weights as an undisturbed one, bit for bit on the CPU. Raises `SettingsError`, `ImageError`, `DatasetError` or
+    `RunError` before long work starts.
+    """
+    device = pick_device(settings.device)
+    run = Run(settings.run_folder)
+    teacher, teacher_card = load_teacher(settings.teacher or settings.size, padding=settings.padding)
+    if teacher.size != settings.size:
+        raise RunError(f"teacher {settings.teacher!r} is of size {teacher.size}, the training of size {settings.size}.")
+    run.start(settings, may_change=("run_folder", "device", "data_root", "penalty_images", "teacher"))
+    if run.model.is_file():
+        return EfficientAD.load(run.model, device)
+    natural = NaturalImages(settings.penalty_images)
+    size = tuple(settings.image_size)
+    torch.manual_seed(settings.seed)
+    detector = EfficientAD(settings.size, teacher.out_channels, settings.padding, size)
+    detector.teacher.load_state_dict(teacher.state_dict())
+    trainer = Trainer(
+        settings,
+        run,
+        detector.to(device),
+        load_images([sample.image for sample in split.train], size, description="reading training images"),
+        load_images([sample.image for sample in split.validation], size, description="reading validation images"),
+        natural,
+    )
+    trainer.loop(on_validation)
+    detector.card = {
+        "data": split.name,
+        "training_images": len(split.train),
+        "validation_images": len(split.validation),
+        "teacher": {name: teacher_card.get(name) for name in ("network", "sha256")},
+        "natural_images": len(natural) - len(natural.skipped),
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 1),
+        "settings": settings.as_dict() | {"run_folder": run.folder.name, "data_root": "", "penalty_images": ""},
+        "torch": torch.__version__,
+    }
+    calibrate(detector, trainer.validation)
+    detector.save(run.model)
+    return detector.eval()
+
+
+class Trainer:
+    """One training with everything that a checkpoint has to hold; `loop` runs it to its end."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        run: Run,
+        detector: EfficientAD,
+        images: Tensor,
+        validation: Tensor,
+        natural: NaturalImages,
+    ) -> None:
+        self.settings, self.run, self.detector, self.natural = settings, run, detector, natural
+        self.device = detector.device
+        self.images, self.validation = images.to(self.device), validation.to(self.device)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.step, self.seconds, self.stale = 0, 0.0, 0
+        self.history: list[dict[str, float]] = []
+        self.kept: list[tuple[float, int]] = []  # validation loss and step of the best checkpoints, best first
+        dtype = PRECISIONS[settings.precision]
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        state = run.load_checkpoint("last")
+        if state is None:
+            self._measure_teacher()
+            if settings.initialisation == "scaled":
+                initialise(detector.student, detector.normalise(to_float(self.images[:8])))
+        self.parameters = [*detector.student.parameters(), *detector.autoencoder.parameters()]
+        self.optimiser = torch.optim.Adam(
+            self.parameters,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=self.device.type != "mps",
+        )
+        if state is not None:
+            self._restore(state)
+        self.teacher_cache = self._teacher_cache()
+
+    @torch.inference_mode()
+    def _measure_teacher(self) -> None:
+        """Set mean and deviation of the teacher's channels over the training images (Algorithm 1, line 3 ff.)."""
+        batches = tqdm(self.images.split(8), desc="teacher statistics", leave=False)
+        mean, deviation = channel_statistics(
+            self.detector.teacher(self.detector.normalise(to_float(batch))) for batch in batches
+        )
+        self.detector.teacher_mean.copy_(mean)
+        self.detector.teacher_std.copy_(deviation)
+
+    @torch.no_grad()
+    def _teacher_cache(self) -> Tensor | None:
+        """Return T̂ of all training images, which never changes, or None if it does not fit into `cache_gb`."""
+        first = self.detector.teacher_features(self.detector.normalise(to_float(self.images[:1])))
+        if first.nbytes * len(self.images) > self.settings.cache_gb * 2**30:
+            return None
+        cache = first.new_empty((len(self.images), *first.shape[1:]))
+        for start in tqdm(range(0, len(self.images), 8), desc="teacher features", leave=False):
+            batch = to_float(self.images[start : start + 8])
+            cache[start : start + 8] = self.detector.teacher_features(self.detector.normalise(batch))
+        return cache
+
+    def loop(self, on_validation: Callable[[dict[str, float]], None] | None = None) -> None:
+        """Train from the current step to the last one, validating, logging and saving on the way."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        settings, began = self.settings, time.monotonic() - self.seconds
+        with (
+            finish_step_on_interrupt() as interrupted,
+            SummaryWriter(self.run.folder / "tensorboard", purge_step=self.step) as board,
+            tqdm(initial=self.step, total=settings.steps, desc=f"training {settings.size}", unit="step") as bar,
+        ):
+            while self.step < settings.steps:
+                terms = self.train_step()
+                self.step += 1
+                bar.update()
+                last = self.step == settings.steps
+                if self.step % 10 == 0 or last:
+                    bar.set_postfix({name: f"{float(value):.3f}" for name, value in terms._asdict().items()})
+                validated = self.step % settings.validate_every == 0 or last
+                self.seconds = time.monotonic() - began
+                if validated:
+                    row = self._record(terms)
+                    self._write_board(board, row)
+                    if on_validation:
+                        on_validation(row)
+                stop = settings.patience and self.stale >= settings.patience
+                if validated or interrupted() or self.step % settings.checkpoint_every == 0:
+                    self.run.save_checkpoint("last", self.state())
+                if interrupted():
+                    raise KeyboardInterrupt(f"stopped after step {self.step}; started again, the run continues there")
+                if stop:
+                    break
+        if settings.checkpoint == "best":
+            self._load_networks(self.run.load_checkpoint("best"))
+
+    def train_step(self) -> Losses:
+        """Draw one batch, take one step of Adam and return the loss terms, detached."""
+        settings, detector = self.settings, self.detector
+        detector.train()
+        chosen = torch.randint(len(self.images), (settings.batch_size,), generator=self.generator).to(self.device)
+        images = to_float(self.images[chosen])
+        augmented = augment_colour(images, self.generator)
+        natural = self.natural.sample(
+            settings.batch_size,
+            tuple(settings.image_size),
+            self.generator,
+            crop_scale=tuple(settings.penalty_crop_scale) or None,
+        ).to(self.device)
+        cached = None if self.teacher_cache is None else self.teacher_cache[chosen]
+        with self.autocast:
+            terms = training_losses(
+                detector,
+                images,
+                augmented,
+                natural,
+                hard_quantile=settings.hard_quantile,
+                teacher_features=cached,
+            )
+            total = self.weighted(terms)
+        factor = step_factor(self.step, settings.steps, settings.schedule)
+        for group in self.optimiser.param_groups:
+            group["lr"] = settings.learning_rate * factor
+        self.optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(total).backward()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        return Losses(*(term.detach() for term in terms))
+
+    def weighted(self, terms: Losses) -> Tensor:
+        """Return the total loss: the terms times their weights."""
+        settings = self.settings
+        weights = (
+            settings.weight_hard,
+            settings.weight_penalty,
+            settings.weight_autoencoder,
+            settings.weight_student_autoencoder,
+        )
+        return sum(weight * term for weight, term in zip(weights, terms, strict=True))
+
+    @torch.inference_mode()
+    def validation_losses(self) -> tuple[float, float, float]:
+        """Return hard, autoencoder and student–autoencoder loss on held-out normal images, without augmentation."""
+        detector, sums = self.detector.eval(), torch.zeros(3)
+        batches = self.validation[:VALIDATION_IMAGES].split(8)
+        for batch in batches:
+            normalised = detector.normalise(to_float(batch))
+            teacher, rebuilt = detector.teacher_features(normalised), detector.autoencoder(normalised)
+            by_teacher, by_autoencoder = detector.student(normalised).split(detector.channels, dim=1)
+            terms = (
+                losses.hard_feature_loss(teacher, by_teacher, self.settings.hard_quantile),
+                losses.autoencoder_loss(teacher, rebuilt),
+                losses.student_autoencoder_loss(rebuilt, by_autoencoder),
+            )
+            sums += torch.stack(terms).float().cpu() * len(batch)
+        return tuple((sums / sum(len(batch) for batch in batches)).tolist())
+
+    def _record(self, terms: Losses) -> dict[str, float]:
+        """Validate, keep the checkpoint if it is among the best, and write `history.csv`."""
+        row = {"step": self.step, "seconds": round(self.seconds, 2)}
+        row |= {name: float(value) for name, value in terms._asdict().items()}
+        row["total"] = float(self.weighted(terms))
+        hard, autoencoder, student_autoencoder = self.validation_losses()
+        row |= {"validation_hard": hard, "validation_autoencoder": autoencoder}
+        row |= {"validation_student_autoencoder": student_autoencoder}
+        row["validation"] = hard + autoencoder + student_autoencoder
+        if not all(math.isfinite(value) for value in row.values()):
+            raise RunError(
+                f"{self.run.folder}: a loss is not finite at step {self.step}: {row}. The last checkpoint is from "
+                f"before; lower learning_rate or use precision float32 in a new run folder."
+            )
+        self.history.append(row)
+        write_text(self.run.folder / "history.csv", pd.DataFrame(self.history).to_csv(index=False))
+        self._keep(row["validation"])
+        return row
+
+    def _keep(self, loss: float) -> None:
+        """Keep the networks as `best` and among the three best checkpoints if the validation loss earns it."""
+        self.stale = 0 if not self.kept or loss < self.kept[0][0] else self.stale + 1
+        self.kept = sorted([*self.kept, (loss, self.step)])
+        dropped, self.kept = self.kept[KEPT_CHECKPOINTS:], self.kept[:KEPT_CHECKPOINTS]
+        state = {"step": self.step, "validation": loss, **self._networks()}
+        if (loss, self.step) in self.kept:
+            self.run.save_checkpoint(f"step_{self.step:06d}", state)
+        if self.kept[0] == (loss, self.step):
+            self.run.save_checkpoint("best", state)
+        for _, step in dropped:
+            (self.run.folder / "checkpoints" / f"step_{step:06d}.pt").unlink(missing_ok=True)
+
+    def _write_board(self, board: Any, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            if name not in ("step", "seconds"):
+                part = "validation" if name.startswith("validation") else "training"
+                board.add_scalar(f"{part}/{name.removeprefix('validation_')}", value, self.step)
+        with torch.inference_mode():
+            maps = torch.cat(self.detector.raw_maps(to_float(self.validation[:4])), dim=1).float()
+        # One scale for the whole run: 1 is the teacher's variance, what a blind student would score.
+        board.add_images("student–teacher map, held-out normal", maps[:, :1].clamp(0, 1), self.step)
+        board.add_images("student–autoencoder map, held-out normal", maps[:, 1:].clamp(0, 1), self.step)
+
+    def _networks(self) -> dict[str, Any]:
+        return {
+            "student": self.detector.student.state_dict(),
+            "autoencoder": self.detector.autoencoder.state_dict(),
+            "teacher_mean": self.detector.teacher_mean.cpu(),
+            "teacher_std": self.detector.teacher_std.cpu(),
+        }
+
+    def _load_networks(self, state: dict[str, Any]) -> None:
+        try:
+            self.detector.student.load_state_dict(state["student"])
+            self.detector.autoencoder.load_state_dict(state["autoencoder"])
+        except RuntimeError as error:
+            raise RunError(
+                f"{self.run.folder}: its checkpoint is not of size {self.settings.size} with {self.detector.channels} "
+                f"channels. Choose another run folder, or delete this one."
+            ) from error
+        self.detector.teacher_mean.copy_(state["teacher_mean"])
+        self.detector.teacher_std.copy_(state["teacher_std"])
+
+    def state(self) -> dict[str, Any]:
+        """Return everything needed to continue bit for bit: tensors and plain types only."""
+        return {
+            **self._networks(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "stale": self.stale,
+            "history": self.history,
+            "kept": self.kept,
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._load_networks(state)
+        self.step, self.seconds, self.stale = state["step"], state["seconds"], state["stale"]
+        self.history, self.kept = state["history"], [tuple(entry) for entry in state["kept"]]
+        self.optimiser.load_state_dict(state["optimiser"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+
+
+def step_factor(step: int, steps: int, schedule: str) -> float:
+    """Return the factor on the learning rate at `step`: the paper's ×0.1 after 95 %, or as in distillation."""
+    if schedule == "step":
+        return 0.1 if step >= 0.95 * steps else 1.0
+    return learning_rate_factor(step, steps, schedule)
