@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from effad_lib import __version__
 from effad_lib.images import Size, check_size
-from effad_lib.networks import IMAGENET_MEAN, IMAGENET_STD, PDN, Autoencoder, feature_size
+from effad_lib.networks import IMAGENET_MEAN, IMAGENET_STD, PDN, Autoencoder
 from effad_lib.runs import write_with
 from effad_lib.settings import SettingsError
 
@@ -80,10 +80,7 @@ class EfficientAD(nn.Module):
         maps = torch.cat(self.raw_maps(images), dim=1).float()
         if not self.padding:
             # Raw zeros mean "no difference"; padded after normalisation, the border would be brighter than the rest.
-            rows, columns = (
-                whole - inner for whole, inner in zip(feature_size(size, True), feature_size(size, False), strict=True)
-            )
-            maps = F.pad(maps, (4, columns - 4, 4, rows - 4))
+            maps = F.pad(maps, (4, 4, 4, 4))
         maps = F.interpolate(maps, size, mode="bilinear")
         low, high = self.quantiles.T.reshape(2, 1, 2, 1, 1)
         # A map that is constant on normal images has q_a = q_b; the smallest step keeps it finite.

@@ -39,7 +39,7 @@ class DistillationSettings(Settings):
     images: str = ""  # folder of natural images; "" takes the photographs inside installed packages
     image_size: list[int] = (256, 256)  # pixels seen by the PDN; the backbone sees twice as many
     padding: bool = True  # of the PDN while it learns; its weights serve both variants
-    crop_scale: list[float] = (1.0, 1.0)  # share of a photograph's area that one view shows
+    crop_scale: list[float] = ()  # [] shows whole photographs (paper); [low, high] crops of this share of the area
     grayscale: float = 0.1  # probability of a grey view
     steps: int = 60_000
     batch_size: int = 16
@@ -67,8 +67,10 @@ class DistillationSettings(Settings):
         self.require(self.schedule in ("constant", "cosine"), "schedule", "'constant' or 'cosine'")
         self.require(self.initialisation in ("default", "fitted"), "initialisation", "'default' or 'fitted'")
         self.require(0 <= self.grayscale <= 1, "grayscale", "a probability in [0, 1]")
-        low, high = self.crop_scale if len(self.crop_scale) == 2 else (0, 0)
-        self.require(0 < low <= high <= 1, "crop_scale", "two shares of the area, 0 < low <= high <= 1")
+        crop = self.crop_scale
+        sound = not crop or (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1)
+        self.require(sound, "crop_scale", "[] or two shares of the area, 0 < low <= high <= 1")
+        self.require(all(side % 4 == 0 for side in self.image_size), "image_size", "sides that are multiples of 4")
         self.require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
         pick_device(self.device)
 
@@ -82,11 +84,15 @@ class Views:
     def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return normalised PDN images [count, 3, H, W] and raw backbone features on the PDN's own cells."""
         height, width = self.settings.image_size
-        scale = tuple(self.settings.crop_scale)
         large = self.natural.sample(
-            count, (2 * height, 2 * width), generator, grayscale=self.settings.grayscale, crop_scale=scale
-        ).to(device)
-        return self.both(large)
+            count,
+            (2 * height, 2 * width),
+            generator,
+            grayscale=self.settings.grayscale,
+            zoom=1.0,
+            crop_scale=tuple(self.settings.crop_scale) or None,
+        )
+        return self.both(large.to(device))
 
     def both(self, large: Tensor) -> tuple[Tensor, Tensor]:
         """Return the PDN's normalised images and the backbone's features for images at the backbone's size."""

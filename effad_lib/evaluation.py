@@ -8,20 +8,36 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 from effad_lib import metrics
-from effad_lib.datasets import Sample
+from effad_lib.datasets import Sample, Split, load_dataset
 from effad_lib.detector import AnomalyMaps, EfficientAD
-from effad_lib.images import ImageError, Size, read_image, read_mask, to_float
-from effad_lib.runs import PROJECT, write_bytes, write_text
+from effad_lib.images import ImageError, Size, load_images, read_image, read_mask, to_float
+from effad_lib.runs import PROJECT, Run, RunError, resolve, write_bytes, write_text
+from effad_lib.settings import Settings, pick_device
 
 MAP_NAMES = ("combined", "student_teacher", "student_autoencoder")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(Settings):
+    """Settings of an evaluation."""
+
+    run_folder: str = "runs/03_training"  # the folder of a finished training; the results go there too
+    least_image_auroc: float = 0.0  # notebook 04 fails below this image AU-ROC; 0 accepts all
+    device: str = "auto"
+
+    def check(self) -> None:
+        self.require(0 <= self.least_image_auroc <= 1, "least_image_auroc", "an area between 0 and 1")
+        pick_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -114,6 +130,28 @@ class Evaluation:
         table = pd.DataFrame.from_dict(rows, orient="index", columns=list(columns)).astype(columns)
         return table.rename_axis("defect")
 
+    def by_branch(self) -> pd.DataFrame:
+        """Return the image AU-ROC of each map alone, its maximum taken as score: a row for each type of defect.
+
+        The last row, "all", takes all defective images together. Columns as in `MAP_NAMES`.
+        """
+        scores = {name: np.asarray(getattr(self.maps, name)).max(axis=(1, 2)) for name in MAP_NAMES}
+        defects = np.array([sample.defect for sample in self.samples])
+        kinds = {defect: defects == defect for defect in sorted(set(defects[self.labels == 1]))}
+        kinds["all"] = self.labels == 1
+        rows = {
+            kind: {
+                n: metrics.image_auroc(s[bad | (self.labels == 0)], self.labels[bad | (self.labels == 0)])
+                for n, s in scores.items()
+            }
+            for kind, bad in kinds.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index", dtype=float).rename_axis("defect")
+
+    def pro_curve(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the curve under which AU-PRO is the area, see `metrics.pro_curve`; None if it cannot be computed."""
+        return self._pixel_metric(metrics.pro_curve, range(len(self.samples)))
+
     def save(self, folder: str | Path) -> None:
         """Write `scores.csv` and, for row k of it, `maps/<k>.npz`; `load_maps` reads the latter.
 
@@ -186,6 +224,57 @@ def evaluate(detector: EfficientAD, samples: Sequence[Sample], *, batch_size: in
     labels = np.array([sample.label for sample in kept])
     threshold = getattr(detector, "threshold", None)
     return Evaluation(tuple(kept), scores, labels, maps, tuple(sizes), threshold, tuple(skipped))
+
+
+def evaluate_run(run_folder: str | Path, device: str = "auto") -> tuple[EfficientAD, Split, Evaluation]:
+    """Evaluate the model of a finished training on the test images of its own data set.
+
+    The data set is found again by the run's `parameters.yaml`. Nothing is written, see `finish_run`. Raises `RunError`
+    for a folder without a finished training and for a data set without test images.
+    """
+    run = Run(run_folder)
+    parameters = run.folder / "parameters.yaml"
+    if not parameters.is_file() or not run.model.is_file():
+        raise RunError(f"{run.folder} is not the folder of a finished training. Train one with `effad train`.")
+    made = yaml.safe_load(parameters.read_text(encoding="utf-8"))
+    split = load_dataset(
+        made["dataset"],
+        root=made["data_root"],
+        category=made["category"],
+        seed=made["seed"],
+        validation_share=made["validation_share"],
+    )
+    if not split.test:
+        raise RunError(f"{split.name} has no test images. Add test/good and test/<defect>, or use `effad detect`.")
+    detector = EfficientAD.load(run.model, pick_device(device))
+    return detector, split, evaluate(detector, split.test)
+
+
+def finish_run(run_folder: str | Path, detector: EfficientAD, found: Evaluation) -> dict[str, Any]:
+    """Write `scores.csv`, the maps and, last, `metrics.json` into a run; return what the latter holds.
+
+    Keys: data, the metrics, and of the training its seconds, its steps and the size of the networks.
+    """
+    found.save(resolve(run_folder))
+    card = {name: detector.card.get(name) for name in ("data", "seconds", "steps", "size")}
+    result = {"data": card.pop("data"), **found.metrics(), **card}
+    Run(run_folder).finish(result)
+    return result
+
+
+def brightness_scores(samples: Sequence[Sample], normal: Sequence[Sample], size: Size = (64, 64)) -> np.ndarray:
+    """Score images by brightness alone, float [N]: how many deviations their mean grey is off that of `normal` images.
+
+    A detector that learns nothing, to compare with: where it does well, the light gives the defects away.
+    """
+    brightness, usual = (
+        load_images([sample.image for sample in some], size, description="measuring brightness")
+        .float()
+        .mean(dim=(1, 2, 3))
+        .numpy()
+        for some in (samples, normal)
+    )
+    return np.abs(brightness - usual.mean()) / max(usual.std(), 1e-6)
 
 
 def worst_mistakes(

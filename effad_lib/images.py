@@ -216,12 +216,14 @@ class NaturalImages:
         generator: torch.Generator,
         *,
         grayscale: float = 0.3,
+        zoom: float = 2.0,
         crop_scale: tuple[float, float] | None = None,
     ) -> Tensor:
         """Draw `count` views as float32 [count, 3, H, W] in [0, 1].
 
-        Without `crop_scale`, as in Algorithm 1: the photograph resized to twice `size`, then its centre. With it: a
-        random region that covers this share of the photograph's area, mirrored half of the time, for small collections.
+        Without `crop_scale`: the photograph resized to `zoom` times `size`, then its centre; 2 as in Algorithm 1, 1 as
+        in Algorithm 3. With it: a random region that covers this share of the photograph's area, mirrored half of the
+        time, which makes more of a small collection.
         `grayscale` is the probability of a grey view. Raises `ImageError` if no photograph can be read.
         """
         views = []
@@ -235,7 +237,7 @@ class NaturalImages:
             except ImageError as error:
                 self._skip(index, error)
                 continue
-            view = _crop(photograph, size, crop_scale, numbers) if crop_scale else _centre_view(photograph, size)
+            view = _crop(photograph, size, crop_scale, numbers) if crop_scale else _centre(photograph, size, zoom)
             view = to_float(view)
             views.append(to_grey(view).expand_as(view) if numbers[0] < grayscale else view)
         return torch.stack(views)
@@ -248,8 +250,8 @@ class NaturalImages:
             raise ImageError(f"none of the natural images can be read; the last one: {error}") from error
 
 
-def _centre_view(photograph: Tensor, size: Size) -> Tensor:
-    resized = F.resize(photograph, [2 * size[0], 2 * size[1]], antialias=True)
+def _centre(photograph: Tensor, size: Size, zoom: float) -> Tensor:
+    resized = F.resize(photograph, [round(zoom * side) for side in size], antialias=True)
     return F.center_crop(resized, list(size))
 
 

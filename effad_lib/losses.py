@@ -16,8 +16,8 @@ def hard_feature_loss(teacher: Tensor, student: Tensor, quantile: float = 0.999)
     interpolation between order statistics; 0 gives the plain mean. Returns a scalar. Paper, Equation 3.
     """
     differences = (teacher - student).square().flatten()
-    # The elements at or above the interpolated quantile are exactly the k largest: no quantile needs to be computed,
-    # and topk, unlike torch.quantile, takes more than 2^24 elements.
+    # The elements at or above the interpolated quantile are the k largest (but for exact ties): no quantile needs to be
+    # computed, and topk, unlike torch.quantile, takes more than 2^24 elements.
     k = differences.numel() - math.ceil(quantile * (differences.numel() - 1) - 1e-9)
     return differences.mean() if k >= differences.numel() else torch.topk(differences, k, sorted=False).values.mean()
 

@@ -139,10 +139,11 @@ class Autoencoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         size = images.shape[-2], images.shape[-1]
+        cells = feature_size(size, self.padding)
         features = self.encode(images)
         for step, block in zip(decoder_sizes(size), self.decoder, strict=False):
             features = block(F.interpolate(features, step, mode="bilinear"))
-        return self.last(F.interpolate(features, feature_size(size, self.padding), mode="bilinear"))
+        return self.last(F.interpolate(features, cells, mode="bilinear"))
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the bottleneck: one 64-vector for each 32 pixels beyond the first 224 in a row or column.

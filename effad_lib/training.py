@@ -19,9 +19,9 @@ from effad_lib.datasets import Split
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import channel_statistics, learning_rate_factor, load_teacher
 from effad_lib.images import NaturalImages, augment_colour, check_size, load_images, to_float
-from effad_lib.networks import initialise
+from effad_lib.networks import check_network, initialise
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
-from effad_lib.settings import PRECISIONS, Settings, pick_device
+from effad_lib.settings import PRECISIONS, Settings, SettingsError, pick_device
 
 KEPT_CHECKPOINTS = 3
 VALIDATION_IMAGES = 64
@@ -65,6 +65,7 @@ class TrainingSettings(Settings):
     device: str = "auto"
 
     def check(self) -> None:
+        check_network(self.size)
         check_size(self.image_size)
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
             self.require(getattr(self, name) >= 1, name, "a whole number of at least 1")
@@ -142,7 +143,9 @@ def train(
     run = Run(settings.run_folder)
     teacher, teacher_card = load_teacher(settings.teacher or settings.size, padding=settings.padding)
     if teacher.size != settings.size:
-        raise RunError(f"teacher {settings.teacher!r} is of size {teacher.size}, the training of size {settings.size}.")
+        raise SettingsError(
+            f"teacher {settings.teacher}: of size {teacher.size}, the training of size {settings.size}."
+        )
     run.start(settings, may_change=("run_folder", "device", "data_root", "penalty_images", "teacher"))
     if run.model.is_file():
         return EfficientAD.load(run.model, device)

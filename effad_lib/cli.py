@@ -1,0 +1,291 @@
+"""The command line: `effad run · synthesize · distill · train · evaluate · detect`, thin calls of the library."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from effad_lib import __version__
+
+# Everything else is imported by the command that needs it, so that `effad --help` does not wait for torch.
+
+PATHS = frozenset({"run_folder", "data_root", "teacher", "penalty_images", "images", "backbone_weights"})
+"""Settings that are paths: on the command line relative to where one is, in settings relative to the project."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with code 2."""
+        print(f"effad: {message}. See `{self.prog} --help`.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class Option(NamedTuple):
+    """One option made from a field or an argument of the library."""
+
+    name: str
+    hint: Any
+    default: Any
+    help: str = ""
+
+
+def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> None:
+    """Add `--some-name` for each; only those given on the command line end up in the parsed namespace."""
+    for name, hint, default, text in options:
+        flag = f"--{name.replace('_', '-')}"
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+        text = f"{text} (default: {'none' if shown == '' else shown})".replace("%", "%%").strip()
+        common = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+        if hint is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        elif typing.get_origin(hint) in (list, tuple):
+            inner = typing.get_args(hint)[0]
+            parser.add_argument(flag, nargs="*", type=inner, metavar=inner.__name__.upper(), **common)
+        else:
+            parser.add_argument(flag, type=hint, metavar=hint.__name__.upper(), **common)
+
+
+def settings_options(settings: type) -> list[Option]:
+    """Return an option for each field of a settings dataclass, its help taken from the comment beside the field."""
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", inspect.getsource(settings), re.MULTILINE))
+    hints = typing.get_type_hints(settings)
+    fields = settings.__dataclass_fields__.values()
+    return [Option(field.name, hints[field.name], field.default, comments.get(field.name, "")) for field in fields]
+
+
+def given(options: argparse.Namespace, known: Iterable[Option]) -> dict[str, Any]:
+    """Return the values given on the command line, paths as seen from the project."""
+    values = {option.name: getattr(options, option.name) for option in known if hasattr(options, option.name)}
+    for name in PATHS & values.keys():
+        from effad_lib.batch import from_project
+
+        values[name] = values[name] and from_project(values[name])
+    return values
+
+
+# --- the commands: for each its options and its work ----------------------------------------------------------------
+
+
+def run_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad run`."""
+    parser.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
+    parser.add_argument("--force", action="store_true", help="delete the profile's run folders and do all steps anew")
+    parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Execute the notebooks of a profile and print the table of results."""
+    from effad_lib.batch import run_profile
+
+    run_profile(options.profile, runs=Path(options.runs).expanduser().resolve(), force=options.force)
+    return 0
+
+
+def _writer_options() -> list[Option]:
+    from effad_lib.synthesis import write_dataset
+
+    hints = typing.get_type_hints(write_dataset)
+    arguments = list(inspect.signature(write_dataset).parameters.values())[2:]
+    return [Option(argument.name, hints[argument.name], argument.default) for argument in arguments]
+
+
+def synthesize_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad synthesize`."""
+    from effad_lib.synthesis import product_names
+
+    parser.add_argument("product", help=", ".join(product_names()))
+    parser.add_argument("folder", help="where to write the data set, in the layout of MVTec AD")
+    add_options(parser, _writer_options())
+
+
+def synthesize(options: argparse.Namespace) -> int:
+    """Render a data set of a synthetic product with exact masks."""
+    from effad_lib.synthesis import write_dataset
+
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in given(options, _writer_options()).items()}
+    print(write_dataset(options.product, Path(options.folder).expanduser(), **values))
+    return 0
+
+
+def distill_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad distill`."""
+    from effad_lib.distillation import DistillationSettings
+
+    parser.add_argument("--run-folder", default="runs/distillation", help="(default: runs/distillation)")
+    add_options(parser, settings_options(DistillationSettings))
+
+
+def distill(options: argparse.Namespace) -> int:
+    """Distil a teacher from a pretrained backbone, or continue where it was stopped."""
+    from effad_lib.distillation import DistillationSettings, distil
+
+    settings = DistillationSettings.from_mapping(given(options, settings_options(DistillationSettings)))
+    finished = distil(settings, Path(options.run_folder).expanduser().resolve())
+    print(finished.folder / "teacher.safetensors")
+    return 0
+
+
+def train_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad train`."""
+    from effad_lib.training import TrainingSettings
+
+    add_options(parser, settings_options(TrainingSettings))
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train a detector on good images, or continue where it was stopped."""
+    from effad_lib import training
+    from effad_lib.runs import Run
+
+    settings = training.TrainingSettings.from_mapping(given(options, settings_options(training.TrainingSettings)))
+    training.train(settings, _load_split(settings))
+    finished = Run(settings.run_folder)
+    print(f"{finished.model}\nTo measure it: effad evaluate {finished.folder}")
+    return 0
+
+
+def _load_split(settings: Any) -> Any:
+    from effad_lib.datasets import load_dataset
+
+    return load_dataset(
+        settings.dataset,
+        root=settings.data_root,
+        category=settings.category,
+        seed=settings.seed,
+        validation_share=settings.validation_share,
+    )
+
+
+def evaluate_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad evaluate`."""
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished training")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Measure a trained run on its test images; writes metrics.json, scores.csv and maps into it."""
+    import yaml
+
+    from effad_lib import batch, evaluation
+    from effad_lib.detector import EfficientAD
+    from effad_lib.runs import Run, RunError
+    from effad_lib.settings import pick_device
+    from effad_lib.training import TrainingSettings
+
+    finished = Run(Path(options.run).expanduser().resolve())
+    parameters = finished.folder / "parameters.yaml"
+    if not parameters.is_file() or not finished.model.is_file():
+        raise RunError(f"{finished.folder} is not the folder of a finished training. Train one with `effad train`.")
+    values = yaml.safe_load(parameters.read_text(encoding="utf-8")) | {"device": options.device}
+    settings = TrainingSettings.from_mapping(values)
+    split = _load_split(settings)
+    if not split.test:
+        raise RunError(f"{split.name} has no test images. Add test/good and test/<defect>, or use `effad detect`.")
+    detector = EfficientAD.load(finished.model, pick_device(options.device))
+    found = evaluation.evaluate(detector, split.test)
+    found.save(finished.folder)
+    finished.finish({"data": split.name, **found.metrics(), "seconds": detector.card.get("seconds")})
+    print(batch.as_text(batch.results([finished.folder])))
+    if len(table := found.by_defect()):
+        print(f"\n{table.round(3).to_string(na_rep='–')}")
+    for note in found.notes:
+        print(note)
+    return 0
+
+
+def detect_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad detect`."""
+    parser.add_argument("model", metavar="MODEL", help="a model.safetensors")
+    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", help="an image, or a folder with images at any depth")
+    parser.add_argument("--out", default="detections", help="folder for the results (default: detections)")
+    parser.add_argument("--masks", help="ground truth to outline: a folder with <name>_mask.png, or one mask")
+    parser.add_argument("--save-maps", action="store_true", help="also write the raw maps (float32 .npy)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+
+
+def detect(options: argparse.Namespace) -> int:
+    """Look for defects in new images; exit code 1 if some of them could not be read, 2 if none could."""
+    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, no window is opened
+    from effad_lib import detection
+    from effad_lib.detector import EfficientAD
+    from effad_lib.images import ImageError
+    from effad_lib.settings import pick_device
+
+    detector = EfficientAD.load(Path(options.model).expanduser(), pick_device(options.device))
+    table = detection.detect(detector, options.images, options.out, masks=options.masks, save_maps=options.save_maps)
+    left_out = int((table["error"] != "").sum())
+    if left_out == len(table):
+        raise ImageError(f"none of {len(table)} images could be read; see {Path(options.out) / 'scores.csv'}.")
+    defective = int((table["decision"] == "defective").sum())
+    print(f"{len(table) - left_out} images, {defective} defective, {left_out} left out: see {options.out}")
+    return 1 if left_out else 0
+
+
+Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+
+COMMANDS: dict[str, Command] = {
+    "run": (run_options, run),
+    "synthesize": (synthesize_options, synthesize),
+    "distill": (distill_options, distill),
+    "train": (train_options, train),
+    "evaluate": (evaluate_options, evaluate),
+    "detect": (detect_options, detect),
+}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Return the parsed command line; only the chosen command's options are built, as making them may need torch."""
+    parser = Parser("effad", description="EfficientAD: anomaly detection trained on good images.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"effad {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), "")
+    for name, (add, work) in COMMANDS.items():
+        text = inspect.getdoc(work)
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(work=work)
+        if name == chosen:
+            add(command)
+            asked = command
+    options, extra = parser.parse_known_args(arguments)
+    if extra:
+        from effad_lib.settings import nearest
+
+        wrong = next((argument for argument in extra if argument.startswith("-")), extra[0])
+        known = set(re.findall(r"--[a-z][a-z-]*", asked.format_help()))
+        asked.error(f"unknown argument {wrong}: {nearest(wrong, known).rstrip('.')}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, or 2 after an error of the user's, or 130 after Ctrl-C."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"effad: {message}", file=sys.stderr)
+        try:
+            options = parse(sys.argv[1:] if arguments is None else arguments)
+            return options.work(options)
+        except KeyboardInterrupt as interrupt:
+            print(f"\neffad: {interrupt or 'stopped: what was finished before is kept.'}", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # the reader of our output has left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (OSError, ValueError, RuntimeError) as error:
+            # Our own errors are written for people; those from deeper are faults and keep their traceback.
+            if not isinstance(error, OSError) and not type(error).__module__.startswith("effad_lib"):
+                raise
+            print(f"effad: {error}", file=sys.stderr)
+            return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

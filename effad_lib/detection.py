@@ -1,0 +1,149 @@
+"""A trained detector on new images: for each a picture, a score and a decision; one bad file does not stop the rest."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from effad_lib import plots
+from effad_lib.detector import EfficientAD
+from effad_lib.images import ImageError, find_images, read_image, read_mask, to_float
+from effad_lib.runs import write_bytes, write_text
+from effad_lib.settings import SettingsError
+
+COLUMNS = ("file", "score", "threshold", "decision", "error")
+
+
+def detect(
+    detector: EfficientAD,
+    images: str | Path,
+    out: str | Path,
+    *,
+    masks: str | Path | None = None,
+    save_maps: bool = False,
+) -> pd.DataFrame:
+    """Run a detector over an image, or over all images below a folder, and write what it finds into the folder `out`.
+
+    For an image `a/b.jpg` of the folder: `heatmaps/a/b.jpg.png` (image and heatmap, on one scale for all images, with
+    the outline of its mask if `masks` has one) and with `save_maps` `maps/a/b.jpg.npy` (the combined anomaly map,
+    float32 [H, W] at the image's own size). `scores.csv`, which is also returned, has a row for each file: score,
+    threshold, decision ("good" or "defective": a score above the threshold) or the error why it was left out.
+    `masks` is a folder with `a/b_mask.png` or `a/b.png`, or for a single image its mask. One image is in memory at a
+    time. Raises `ImageError` if there is no image, `SettingsError` for a model without threshold or with broken maps,
+    `RunError` if nothing can be written.
+    """
+    if detector.threshold is None:
+        raise SettingsError("this model has no threshold: calibrate it on held-out good images first.")
+    out = Path(out)
+    found = _listed(Path(images), out)
+    truths = _masks(masks, list(found))
+    # Below 0.1, the 99.5 % quantile of normal pixels, a threshold would stretch mere noise over the whole scale.
+    scale = plots.heat_scale([], max(detector.threshold, 0.1))
+    rows = []
+    try:
+        for name, path in tqdm(found.items(), desc="detecting", unit="image"):
+            try:
+                score = _detect_one(detector, path, name, out, truths.get(_key(name)), scale, save_maps)
+            except ImageError as error:
+                tqdm.write(f"left out: {error}", file=sys.stderr)
+                rows.append((name.as_posix(), None, detector.threshold, "", str(error)))
+                continue
+            decision = "defective" if score > detector.threshold else "good"
+            rows.append((name.as_posix(), score, detector.threshold, decision, ""))
+    except KeyboardInterrupt:
+        _write_table(rows, out)
+        raise KeyboardInterrupt(f"stopped: {len(rows)} of {len(found)} images are done, see {out}") from None
+    return _write_table(rows, out)
+
+
+def _listed(images: Path, out: Path) -> dict[Path, Path]:
+    """Return the files by the names that their results get: their paths below the folder."""
+    if images.is_file():
+        return {Path(images.name): images}
+    if not images.is_dir():
+        raise ImageError(f"{images}: there is no such image or folder.")
+    # Results of an earlier call may lie below the same folder; they are no images to look at.
+    results = out.resolve()
+    listed = {path.relative_to(images): path for path in find_images(images)}
+    listed = {name: path for name, path in listed.items() if not path.resolve().is_relative_to(results)}
+    if not listed:
+        raise ImageError(f"{images}: no image below this folder but the results in {out}.")
+    return listed
+
+
+def _key(name: Path) -> tuple[str, str]:
+    return name.parent.as_posix(), name.stem.removesuffix("_mask")
+
+
+def _masks(masks: str | Path | None, names: list[Path]) -> dict[tuple[str, str], Path]:
+    """Return the masks by folder and stem of their images; `ImageError` if they belong to none of the images."""
+    if masks is None:
+        return {}
+    masks = Path(masks)
+    if masks.is_file():
+        if len(names) > 1:
+            raise ImageError(f"{masks}: one mask for {len(names)} images. Give a folder of masks.")
+        return {_key(names[0]): masks}
+    found = {_key(path.relative_to(masks)): path for path in find_images(masks)}
+    if not any(_key(name) in found for name in names):
+        raise ImageError(
+            f"{masks}: none of its {len(found)} masks belongs to an image. The mask of {names[0]} is expected at "
+            f"{names[0].with_name(names[0].stem + '_mask.png')} below that folder."
+        )
+    return found
+
+
+def _detect_one(
+    detector: EfficientAD,
+    path: Path,
+    name: Path,
+    out: Path,
+    truth: Path | None,
+    scale: plots.Scale,
+    save_maps: bool,
+) -> float:
+    image = read_image(path)
+    mask = None if truth is None else read_mask(truth, image.shape[1:])
+    small = torch.from_numpy(read_image(path, detector.image_size))[None]
+    with torch.inference_mode():
+        maps = detector.eval()(to_float(small.to(detector.device)))
+        heat = F.interpolate(maps.combined, image.shape[1:], mode="bilinear")[0, 0].cpu().numpy()
+    score = float(maps.score)
+    if not np.isfinite(heat).all():
+        raise SettingsError(f"the map of {path} is not finite: this model's training has diverged. Train it again.")
+    if save_maps:
+        packed = io.BytesIO()
+        np.save(packed, heat, allow_pickle=False)
+        write_bytes(_inside(out, "maps", f"{name}.npy"), packed.getvalue())
+    # A dollar sign in a file's name would start mathematics in matplotlib.
+    title = f"{name.as_posix()}: score {score:.3g}".replace("$", r"\$")
+    figure = plots.heatmap_panel(image, heat, mask, scale=scale, threshold=detector.threshold, title=title)
+    try:
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=100)
+    finally:
+        plt.close(figure)
+    write_bytes(_inside(out, "heatmaps", f"{name}.png"), drawn.getvalue())
+    return score
+
+
+def _inside(out: Path, kind: str, name: str) -> Path:
+    """Return the path of a result; `ImageError` if a link in `out` would lead it elsewhere."""
+    path = out / kind / name
+    if not path.parent.resolve().is_relative_to(out.resolve()):
+        raise ImageError(f"{path} would lie outside {out}. Remove the link in it, or choose another folder.")
+    return path
+
+
+def _write_table(rows: list[tuple], out: Path) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({"score": float, "threshold": float})
+    write_text(out / "scores.csv", table.to_csv(index=False))
+    return table

@@ -1,0 +1,263 @@
+"""Training: it learns, resumes bit for bit, keeps checkpoints by validation loss, refuses bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from effad_lib import training
+from effad_lib.backbones import file_sha256
+from effad_lib.datasets import load_dataset
+from effad_lib.detector import EfficientAD
+from effad_lib.images import ImageError
+from effad_lib.networks import PDN
+from effad_lib.runs import Run, RunError
+from effad_lib.settings import SettingsError
+from effad_lib.training import TrainingSettings, step_factor, train
+
+SIDE, CHANNELS = 64, 8
+
+
+def striped(index: int) -> np.ndarray:
+    """One of many alike pictures: vertical stripes whose phase depends on the index."""
+    columns = 128 + 90 * np.sin((np.arange(SIDE) + index) * 2 * np.pi / 16)
+    return np.stack([np.tile(columns, (SIDE, 1))] * 3, axis=-1).astype(np.uint8)
+
+
+@pytest.fixture
+def stripes(tmp_path):
+    folder = tmp_path / "stripes"
+    (folder / "train" / "good").mkdir(parents=True)
+    for index in range(16):
+        Image.fromarray(striped(index)).save(folder / "train" / "good" / f"{index:03}.png")
+    return folder
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A small teacher file of the shipped layout, with random weights."""
+    torch.manual_seed(0)
+    path = tmp_path / "teacher.safetensors"
+    save_file(PDN("XS", CHANNELS).state_dict(), path)
+    card = {"size": "XS", "channels": CHANNELS, "sha256": file_sha256(path), "network": "PDN-XS"}
+    path.with_suffix(".json").write_text(json.dumps(card))
+    return path
+
+
+@pytest.fixture
+def start(tmp_path, stripes, teacher):
+    """Train with small settings in a named run folder; keyword arguments change the settings."""
+    split = load_dataset("folder", root=stripes)
+
+    def start(name: str, *, on_validation=None, **changes) -> tuple[EfficientAD, Run]:
+        values = {"steps": 12, "validate_every": 4, "checkpoint_every": 4, "learning_rate": 1e-3, **changes}
+        settings = TrainingSettings(
+            run_folder=str(tmp_path / name),
+            dataset="folder",
+            size="XS",
+            teacher=str(teacher),
+            image_size=[SIDE, SIDE],
+            penalty_crop_scale=[0.1, 0.5],
+            **values,
+        )
+        return train(settings, split, on_validation=on_validation), Run(tmp_path / name)
+
+    return start
+
+
+def weights_equal(one: EfficientAD, other: EfficientAD) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_losses_fall_and_the_model_reloads_to_the_same_maps(start):
+    detector, run = start("run", steps=60, validate_every=20)
+    history = np.genfromtxt(run.folder / "history.csv", delimiter=",", names=True)
+    assert history["step"].tolist() == [20, 40, 60]
+    assert history["validation"][-1] < 0.9 * history["validation"][0]
+    again = EfficientAD.load(run.model)
+    image = torch.rand(2, 3, SIDE, SIDE)
+    with torch.inference_mode():
+        for one, other in zip(detector(image), again(image), strict=True):
+            assert torch.equal(one, other)
+    assert again.threshold == detector.threshold and again.card["steps"] == 60
+    assert (run.folder / "parameters.yaml").is_file() and any((run.folder / "tensorboard").iterdir())
+    assert not run.done, "a training alone has no metrics yet"
+
+
+def test_trained_detector_finds_what_is_not_a_stripe(start):
+    detector, _ = start("run", steps=150, validate_every=50)
+    good = torch.from_numpy(np.stack([striped(index) for index in range(20, 28)])).permute(0, 3, 1, 2) / 255
+    bad = good.clone()
+    bad[:, :, 24:40, 24:40] = bad[:, :, 24:40, 24:40].transpose(-1, -2)
+    with torch.inference_mode():
+        assert detector(bad).score.min() > detector(good).score.max()
+
+
+def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(start):
+    whole, _ = start("whole")
+
+    def interrupt(row):
+        if row["step"] == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="step 8"):
+        start("stopped", on_validation=interrupt)
+    resumed, run = start("stopped")
+    assert weights_equal(whole, resumed) and whole.threshold == resumed.threshold
+    assert [row["step"] for row in run.load_checkpoint("last")["history"]] == [4, 8, 12]
+
+
+def test_seed_decides(start):
+    one, _ = start("one")
+    same, _ = start("same")
+    other, _ = start("other", seed=1)
+    assert weights_equal(one, same) and not weights_equal(one, other)
+
+
+def test_finished_training_is_loaded_not_repeated(start, monkeypatch):
+    first, _ = start("run")
+    monkeypatch.setattr(training.Trainer, "train_step", lambda self: pytest.fail("trained again"))
+    again, _ = start("run")
+    assert weights_equal(first, again)
+
+
+def test_checkpoints_are_the_best_three_by_validation_loss(start):
+    _, run = start("run", steps=20, validate_every=4)
+    history = np.genfromtxt(run.folder / "history.csv", delimiter=",", names=True)
+    best = history["step"][np.argsort(history["validation"])][:3].astype(int)
+    kept = sorted(path.stem for path in (run.folder / "checkpoints").glob("step_*.pt"))
+    assert kept == sorted(f"step_{step:06d}" for step in best)
+    assert run.load_checkpoint("best")["step"] == best[0]
+
+
+def test_best_checkpoint_becomes_the_model_when_asked(start, monkeypatch):
+    losses = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(training.Trainer, "validation_losses", lambda self: (next(losses), 0.0, 0.0))
+    detector, run = start("run", checkpoint="best")
+    best = run.load_checkpoint("best")
+    assert best["step"] == 4
+    assert torch.equal(detector.student.head.weight, best["student"]["head.weight"])
+
+
+def test_patience_stops_when_the_validation_loss_does_not_improve(start, monkeypatch):
+    losses = iter([1.0, 0.9, 0.95, 0.99, 0.5])
+    monkeypatch.setattr(training.Trainer, "validation_losses", lambda self: (next(losses), 0.0, 0.0))
+    detector, _ = start("run", steps=40, patience=2)
+    assert detector.card["steps"] == 16
+
+
+def test_cached_teacher_features_change_nothing(start):
+    cached, _ = start("cached")
+    uncached, _ = start("uncached", cache_gb=0.0)
+    for one, other in zip(cached.state_dict().values(), uncached.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_follows_float32(start, precision):
+    exact, _ = start("exact", steps=4, validate_every=4)
+    mixed, _ = start("mixed", steps=4, validate_every=4, precision=precision)
+    assert not weights_equal(exact, mixed)
+    for one, other in zip(exact.student.parameters(), mixed.student.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-2)
+
+
+def test_weights_scale_the_terms(start, monkeypatch):
+    """The natural images matter if, and only if, the penalty has a weight."""
+
+    def last_weights(name, weight, brightness):
+        grey = lambda self, count, size, generator, **_: torch.full((count, 3, *size), brightness)  # noqa: E731
+        monkeypatch.setattr(training.NaturalImages, "sample", grey)
+        return start(name, weight_penalty=weight)[0]
+
+    assert weights_equal(last_weights("a", 0.0, 0.1), last_weights("b", 0.0, 0.9))
+    assert not weights_equal(last_weights("c", 1.0, 0.1), last_weights("d", 1.0, 0.9))
+
+
+def test_resume_with_other_settings_is_refused(start):
+    start("run")
+    with pytest.raises(RunError, match=r"learning_rate: 0\.001 there, 0\.002 now"):
+        start("run", learning_rate=2e-3)
+
+
+def test_truncated_checkpoint_is_named(start, monkeypatch):
+    _, run = start("run")
+    run.model.unlink()
+    last = run.folder / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(RunError, match=r"last\.pt cannot be read"):
+        start("run")
+
+
+def test_loss_that_is_not_finite_stops_at_the_checkpoint_before(start, monkeypatch, tmp_path):
+    values = iter([1.0, float("nan")])
+    monkeypatch.setattr(training.Trainer, "validation_losses", lambda self: (next(values), 0.0, 0.0))
+    with pytest.raises(RunError, match="not finite at step 8"):
+        start("run")
+    assert Run(tmp_path / "run").load_checkpoint("last")["step"] == 4
+
+
+def test_corrupt_training_image_is_an_error_before_any_step(start, stripes, monkeypatch):
+    monkeypatch.setattr(training.Trainer, "train_step", lambda self: pytest.fail("trained"))
+    for path in (stripes / "train" / "good").glob("*.png"):
+        path.write_bytes(b"not an image")
+    with pytest.raises(ImageError, match=r"\.png"):
+        start("run")
+
+
+def test_full_disk_is_reported_and_keeps_the_last_checkpoint(start, monkeypatch, tmp_path):
+    save = torch.save
+
+    def full(state, path, *args):
+        if state["step"] > 4:
+            raise OSError(28, "No space left on device")
+        save(state, path, *args)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError, match="No space left"):
+        start("run")
+    monkeypatch.undo()
+    assert Run(tmp_path / "run").load_checkpoint("last")["step"] == 4
+    whole, _ = start("whole")
+    resumed, _ = start("run")
+    assert weights_equal(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps = 0"),
+        ({"image_size": [63, 64]}, "at least 64"),
+        ({"learning_rate": "1e-4"}, "write 1.0e-4"),
+        ({"schedule": "cosin"}, "'cosine'"),
+        ({"hard_quantile": 1.0}, "hard_quantile"),
+        ({"penalty_crop_scale": [0.5, 0.1]}, "penalty_crop_scale"),
+        ({"precision": "fp8"}, "bfloat16"),
+        ({"device": "tpu"}, "not available"),
+        ({"weight_penalty": -1.0}, "weight_penalty"),
+        ({"size": "L"}, "unknown network size"),
+    ],
+)
+def test_impossible_settings_name_field_value_and_remedy(change, message):
+    with pytest.raises((SettingsError, ImageError), match=message):
+        TrainingSettings(**change)
+
+
+def test_teacher_of_another_size_is_refused(stripes, teacher, tmp_path):
+    settings = TrainingSettings(run_folder=str(tmp_path / "run"), size="S", teacher=str(teacher), image_size=[64, 64])
+    with pytest.raises(SettingsError, match="of size XS, the training is of S"):
+        train(settings, load_dataset("folder", root=stripes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_schedules():
+    assert step_factor(66_499, 70_000, "step") == 1.0 and step_factor(66_500, 70_000, "step") == 0.1
+    assert step_factor(0, 100, "cosine") == pytest.approx(0.2)
+    assert step_factor(5, 100, "cosine") == 1.0 and step_factor(99, 100, "cosine") < 0.01
