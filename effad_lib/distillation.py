@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from effad_lib import __version__
 from effad_lib.backbones import Backbone, check_backbone, file_sha256, load_backbone
 from effad_lib.images import NaturalImages, check_size
 from effad_lib.networks import IMAGENET_MEAN, IMAGENET_STD, PDN, check_network, feature_size, initialise
-from effad_lib.runs import PROJECT, Run, RunError, finish_step_on_interrupt, write_json, write_with
+from effad_lib.runs import PROJECT, Run, RunError, finish_step_on_interrupt, resolve, write_json, write_with
 from effad_lib.settings import PRECISIONS, Settings, SettingsError, pick_device
 
 TEACHERS = PROJECT / "data" / "teachers"
@@ -92,17 +92,13 @@ class Views:
             zoom=1.0,
             crop_scale=tuple(self.settings.crop_scale) or None,
         )
-        return self.both(large.to(device))
-
-    def both(self, large: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the PDN's normalised images and the backbone's features for images at the backbone's size."""
-        small = F.interpolate(large, size=tuple(self.settings.image_size), mode="bilinear", antialias=True)
-        targets = self.backbone(large)
+        small = F.interpolate(large, size=(height, width), mode="bilinear", antialias=True)
+        targets = self.backbone(large.to(device))
         if not self.settings.padding:
             # The unpadded PDN has no cells in a border of four: there its field would leave the image.
             rows, columns = feature_size(self.settings.image_size, padding=False)
             targets = targets[..., 4 : 4 + rows, 4 : 4 + columns]
-        return normalise(small), targets
+        return normalise(small.to(device)), targets
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -120,7 +116,8 @@ def channel_statistics(batches: Any) -> tuple[Tensor, Tensor]:
     """
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
     for batch in batches:
-        values = batch.transpose(0, 1).flatten(1).double()
+        values = batch.transpose(0, 1).flatten(1)
+        values = (values.cpu() if values.device.type == "mps" else values).double()  # MPS has no float64
         new_mean = values.mean(dim=1)
         new_squares = (values - new_mean[:, None]).square().sum(dim=1)
         new = values.shape[1]
@@ -302,16 +299,19 @@ def _save_teacher(
 ) -> None:
     weights = {name: value.detach().half().contiguous().cpu() for name, value in pdn.state_dict().items()}
     path = write_with(run.folder / "teacher.safetensors", lambda partial: save_file(weights, partial))
-    settings_made = settings.as_dict() | {"backbone_weights": Path(settings.backbone_weights).name}
-    settings_made |= {"images": Path(settings.images).name or "photographs inside scikit-image and scikit-learn"}
+    # Names, not paths: a card travels.
+    named = replace(settings, backbone_weights=Path(settings.backbone_weights).name, images=Path(settings.images).name)
+    local = resolve(settings.backbone_weights) if settings.backbone_weights else None
     card = {
         "network": f"PDN-{settings.size}",
         "size": settings.size,
         "channels": settings.channels,
         "sha256": file_sha256(path),
         "photographs": photographs,
+        "backbone_sha256": file_sha256(local) if local else "as published",
         **metrics,
-        "settings": settings_made,
+        "command": f"effad distill {named.as_options(leave_out=('run_folder', 'device', 'checkpoint_seconds'))}",
+        "settings": {name: value for name, value in named.as_dict().items() if name not in ("run_folder", "device")},
         "versions": {"effad": __version__, "torch": torch.__version__},
     }
     write_json(run.folder / "teacher.json", card)

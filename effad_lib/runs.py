@@ -45,6 +45,7 @@ def write_with(path: str | Path, write: Callable[[Path], Any]) -> Path:
         write(partial)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
+        partial.chmod(0o644)
         partial.replace(path)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free / 2**20

@@ -78,6 +78,21 @@ class Settings:
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
 
+    def as_options(self, *, leave_out: typing.Container[str] = ()) -> str:
+        """Return the command-line options that differ from the defaults, as `effad` takes them."""
+        words = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            values = list(value) if isinstance(value, (list, tuple)) else [value]
+            default = list(field.default) if isinstance(field.default, (list, tuple)) else [field.default]
+            if field.name in leave_out or values == default:
+                continue
+            name = field.name.replace("_", "-")
+            words += (
+                [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", *map(str, values)]
+            )
+        return " ".join(words)
+
     def require(self, condition: bool, name: str, takes: str) -> None:
         """Raise a `SettingsError` that names the field, what it got and what it takes, unless `condition` holds."""
         if not condition:

