@@ -26,13 +26,19 @@ from effad_lib.distillation import DistillationSettings, load_teacher
 from effad_lib.images import packaged_photographs
 from effad_lib.runs import PROJECT, Run, RunError, resolve, write_text
 from effad_lib.settings import Settings, nearest
+from effad_lib.synthesis import SynthesisSettings
 from effad_lib.training import TrainingSettings
 
 NOTEBOOKS = PROJECT / "notebooks"
 """The numbered notebooks; `profiles/<profile>.yaml` beside them."""
 
 TRAINING = "03_training"
-SETTINGS: dict[str, type[Settings]] = {"02_teacher_distillation": DistillationSettings, TRAINING: TrainingSettings}
+SETTINGS: dict[str, type[Settings]] = {
+    "01_data_synthesis": SynthesisSettings,
+    "02_teacher_distillation": DistillationSettings,
+    TRAINING: TrainingSettings,
+}
+"""Notebooks whose parameters are the fields of settings, or some of them: their values are checked beforehand."""
 
 COLUMNS = {
     "data": "data",
@@ -117,7 +123,9 @@ def run_profile(
         _execute(step, title)
         print(f"{title}: {time.monotonic() - started:.0f} s", flush=True)
     table = results(folders)
-    print(f"\n{profile}: {time.monotonic() - began:.0f} s in all\n\n{as_text(table)}", flush=True)
+    print(f"\n{profile}: {time.monotonic() - began:.0f} s in all", flush=True)
+    if len(table):
+        print(f"\n{as_text(table)}", flush=True)
     return table
 
 
@@ -280,8 +288,6 @@ def _print_departures(profile: str, steps: Iterable[Step]) -> None:
 def _execute(step: Step, title: str) -> None:
     """Execute one notebook and mark it as done. Raises `RunError` if it fails."""
     papermill = _import_papermill()
-    import nbformat
-
     # Else every kernel greets with a page of debugger warnings.
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     step.folder.mkdir(parents=True, exist_ok=True)
@@ -311,7 +317,7 @@ def _execute(step: Step, title: str) -> None:
         raise RunError(f"{where}: {error or type(error).__name__}\n{kept}") from error
     notebook.metadata["effad"] = record
     notebook.metadata["papermill"] |= {"input_path": from_project(step.source), "output_path": where}
-    write_text(step.output, nbformat.writes(notebook))
+    write_text(step.output, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager

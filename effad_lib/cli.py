@@ -80,40 +80,42 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad run`."""
     parser.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
     parser.add_argument("--force", action="store_true", help="delete the profile's run folders and do all steps anew")
-    parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
+    parser.add_argument("--runs", help="folder of all runs (default: runs, in the project's folder)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Execute the notebooks of a profile and print the table of results."""
     from effad_lib.batch import run_profile
 
-    run_profile(options.profile, runs=Path(options.runs).expanduser().resolve(), force=options.force)
+    runs = Path(options.runs).expanduser().resolve() if options.runs else "runs"
+    run_profile(options.profile, runs=runs, force=options.force)
     return 0
-
-
-def _writer_options() -> list[Option]:
-    from effad_lib.synthesis import write_dataset
-
-    hints = typing.get_type_hints(write_dataset)
-    arguments = list(inspect.signature(write_dataset).parameters.values())[2:]
-    return [Option(argument.name, hints[argument.name], argument.default) for argument in arguments]
 
 
 def synthesize_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad synthesize`."""
     from effad_lib.synthesis import product_names
 
-    parser.add_argument("product", help=", ".join(product_names()))
-    parser.add_argument("folder", help="where to write the data set, in the layout of MVTec AD")
-    add_options(parser, _writer_options())
+    parser.add_argument("product", metavar="PRODUCT", help=", ".join(product_names()))
+    parser.add_argument("folder", metavar="FOLDER", help="gets the folder PRODUCT, in the layout of MVTec AD")
+    add_options(parser, _synthesis_options())
+
+
+def _synthesis_options() -> list[Option]:
+    from effad_lib.synthesis import SynthesisSettings
+
+    arguments = ("product", "data_root", "run_folder")
+    return [option for option in settings_options(SynthesisSettings) if option.name not in arguments]
 
 
 def synthesize(options: argparse.Namespace) -> int:
     """Render a data set of a synthetic product with exact masks."""
-    from effad_lib.synthesis import write_dataset
+    from effad_lib import synthesis
 
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in given(options, _writer_options()).items()}
-    print(write_dataset(options.product, Path(options.folder).expanduser(), **values))
+    values = given(options, _synthesis_options())
+    folder = str(Path(options.folder).expanduser().resolve())
+    settings = synthesis.SynthesisSettings.from_mapping({"product": options.product, "data_root": folder, **values})
+    print(synthesis.synthesize(settings))
     return 0
 
 
@@ -121,7 +123,6 @@ def distill_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad distill`."""
     from effad_lib.distillation import DistillationSettings
 
-    parser.add_argument("--run-folder", default="runs/distillation", help="(default: runs/distillation)")
     add_options(parser, settings_options(DistillationSettings))
 
 
@@ -130,8 +131,7 @@ def distill(options: argparse.Namespace) -> int:
     from effad_lib.distillation import DistillationSettings, distil
 
     settings = DistillationSettings.from_mapping(given(options, settings_options(DistillationSettings)))
-    finished = distil(settings, Path(options.run_folder).expanduser().resolve())
-    print(finished.folder / "teacher.safetensors")
+    print(distil(settings).folder / "teacher.safetensors")
     return 0
 
 
@@ -274,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
             options = parse(sys.argv[1:] if arguments is None else arguments)
             return options.work(options)
         except KeyboardInterrupt as interrupt:
-            print(f"\neffad: {interrupt or 'stopped: what was finished before is kept.'}", file=sys.stderr)
+            print(f"\neffad: {str(interrupt) or 'stopped: what was finished before is kept.'}", file=sys.stderr)
             return 130
         except BrokenPipeError:  # the reader of our output has left, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

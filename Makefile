@@ -1,0 +1,37 @@
+# Every target first sets up what it needs in .venv, once, from PyPI; again only when pyproject.toml changes.
+# Another Python than `python3`: make run PYTHON=python3.12
+
+PYTHON = python3
+BIN = .venv/bin
+INSTALLED = .venv/.installed
+
+.PHONY: help run test lab lint
+
+help:
+	@echo "make run    execute the notebooks (quick profile) into runs/ and print the table of results"
+	@echo "make test   lint, unit tests and every notebook"
+	@echo "make lab    open the notebooks in JupyterLab"
+	@echo "make lint   check style and format, notebooks included"
+
+run: $(INSTALLED)
+	$(BIN)/effad run
+
+test: lint
+	$(BIN)/python -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab notebooks
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# A .venv that works is kept; one that is broken (moved, or its Python gone) is made anew.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "effad needs Python 3.11 or newer; '$(PYTHON)' is not. Name one: make run PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[data,notebooks,test]"
+	@touch $(INSTALLED)

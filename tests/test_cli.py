@@ -1,0 +1,287 @@
+"""The command line: what it prints, how it ends, and that it is quick to help."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from effad_lib import __version__, cli
+from effad_lib.cli import COMMANDS, main
+from effad_lib.detector import EfficientAD
+from effad_lib.distillation import DistillationSettings
+from effad_lib.images import ImageError
+from effad_lib.networks import PDN
+from effad_lib.runs import PROJECT, Run, RunError
+from effad_lib.training import TrainingSettings
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A random XS teacher of 8 channels with its card."""
+    path = tmp_path / "teachers" / "pdn_xs.safetensors"
+    path.parent.mkdir()
+    torch.manual_seed(0)
+    save_file(PDN("XS", 8).state_dict(), path)
+    card = {"size": "XS", "channels": 8, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    path.with_suffix(".json").write_text(json.dumps(card))
+    return path
+
+
+@pytest.fixture
+def product(tmp_path, picture):
+    """A data set of 14 good images and two test images with a mask, in the layout of MVTec AD."""
+    folder = tmp_path / "product"
+    for index in range(14):
+        picture(folder / "train" / "good" / f"{index:03}.png", size=(64, 64), seed=index)
+    picture(folder / "test" / "good" / "000.png", size=(64, 64), seed=20)
+    picture(folder / "test" / "hole" / "000.png", size=(64, 64), seed=21)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:40, 20:40] = 255
+    (folder / "ground_truth" / "hole").mkdir(parents=True)
+    Image.fromarray(mask).save(folder / "ground_truth" / "hole" / "000_mask.png")
+    return folder
+
+
+def failure(capsys, *arguments, code=2):
+    """Run a command that must fail with one line on stderr; returns the line."""
+    try:
+        assert main([str(argument) for argument in arguments]) == code
+    except SystemExit as error:
+        assert error.code == code
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    lines = said.err.strip().splitlines()
+    assert lines[-1].startswith("effad: ") or lines[0].startswith("effad: ")
+    return said.err
+
+
+# --- parsing --------------------------------------------------------------------------------------------------------
+
+
+def test_help_waits_for_nothing_heavy():
+    script = (
+        "import sys; from effad_lib.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: print(e.code)\n"
+    )
+    script += "print([name for name in ('torch', 'pandas', 'numpy', 'matplotlib') if name in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True)
+    *text, code, heavy = said.stdout.splitlines()
+    assert (code, heavy) == ("0", "[]")
+    assert all(re.search(rf"^ +{command}\b", "\n".join(text), re.MULTILINE) for command in COMMANDS)
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"effad {__version__}\n"
+
+
+@pytest.mark.parametrize(("command", "settings"), [("train", TrainingSettings), ("distill", DistillationSettings)])
+def test_every_setting_is_an_option_with_its_comment_and_default(capsys, command, settings):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name in settings().as_dict():
+        assert f"--{name.replace('_', '-')}" in said
+    assert {"train": "(paper), or", "distill": "half cosine to zero"}[command] in said
+    assert "(default: 256 256)" in said
+
+
+def test_values_of_every_type_arrive(monkeypatch, tmp_path):
+    monkeypatch.chdir(PROJECT)
+    arguments = "train --learning-rate 1e-3 --image-size 64 96 --padding --steps 5 --penalty-crop-scale --teacher t/x"
+    options = cli.parse([*arguments.split(), "--data-root", str(tmp_path), "--run-folder", "runs/here"])
+    found = cli.given(options, cli.settings_options(TrainingSettings))
+    assert found == {
+        "learning_rate": 1e-3,
+        "image_size": [64, 96],
+        "padding": True,
+        "steps": 5,
+        "penalty_crop_scale": [],
+        "teacher": "t/x",
+        "data_root": str(tmp_path.resolve()),
+        "run_folder": "runs/here",
+    }
+    assert cli.given(cli.parse(["train", "--no-padding"]), cli.settings_options(TrainingSettings)) == {"padding": False}
+
+
+def test_paths_are_seen_from_where_one_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    options = cli.parse(["train", "--data-root", "mine"])
+    assert cli.given(options, cli.settings_options(TrainingSettings)) == {"data_root": str(tmp_path.resolve() / "mine")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (
+            ["train", "--learing-rate", "1"],
+            r"unknown argument --learing-rate: known are .*Did you mean '--learning-rate'",
+        ),
+        (["train", "--learn", "1"], "unknown argument --learn"),
+        (["train", "--steps", "many"], "--steps: invalid int value: 'many'"),
+        (["train", "--steps", "0"], "steps = 0: steps takes a whole number of at least 1"),
+        (["train", "--learning-rate", "nan"], "learning_rate = nan"),
+        (["train", "--size", "L"], "unknown network size 'L'"),
+        (["train", "--image-size", "32", "64"], "at least 64 pixels"),
+        (["train", "--dataset", "mvtec"], "unknown data set 'mvtec'.*Did you mean 'mvtec_ad'"),
+        (["train", "--dataset", "elpv", "--category", "momo"], "unknown category 'momo'.*Did you mean 'mono'"),
+        (["train", "--device", "gpu"], "device = 'gpu': not available here"),
+        (["distill", "--size", "XL"], "unknown network size 'XL'"),
+        (["distill", "--backbone", "resnet81"], "resnet81"),
+        (["synthesize", "bored", "x"], "bored.*board"),
+        (["synthesize", "board", "x", "--severity", "0", "2"], "severity"),
+        (["run", "--profile", "quik"], "unknown profile 'quik'.*Did you mean 'quick'"),
+        (["evaluate", "nowhere"], "not the folder of a finished training"),
+        (["detect", "nowhere.safetensors", "x.png"], "there is no such file"),
+        (["detect", "--save", "a", "b"], "unknown argument --save"),
+    ],
+)
+def test_faults_are_one_line(capsys, monkeypatch, tmp_path, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(says, failure(capsys, *arguments), re.DOTALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    def broken(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setitem(COMMANDS, "run", (cli.run_options, broken))
+    with pytest.raises(ValueError, match="a bug"):
+        main(["run"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (RunError("cannot write x: No space left on device"), 2, "effad: cannot write x: No space left on device"),
+        (ImageError("x.png: bad"), 2, "effad: x.png: bad"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "Permission denied: '/x'"),
+        (KeyboardInterrupt("stopped after step 7; started again, the run continues there"), 130, "after step 7"),
+        (KeyboardInterrupt(), 130, "what was finished before is kept"),
+    ],
+)
+def test_how_commands_end(monkeypatch, capsys, error, code, says):
+    def ending(*_):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "run", (cli.run_options, ending))
+    assert says in failure(capsys, "run", code=code)
+
+
+# --- the commands ---------------------------------------------------------------------------------------------------
+
+
+def test_run_passes_its_options_on(monkeypatch, tmp_path):
+    from effad_lib import batch
+
+    calls = []
+    monkeypatch.setattr(batch, "run_profile", lambda *positional, **named: calls.append((positional, named)))
+    monkeypatch.chdir(tmp_path)
+    assert main(["run"]) == 0
+    assert main(["run", "--profile", "smoke", "--force", "--runs", "other"]) == 0
+    assert calls == [
+        (("quick",), {"runs": "runs", "force": False}),  # in the project's folder, wherever one is
+        (("smoke",), {"runs": tmp_path.resolve() / "other", "force": True}),
+    ]
+
+
+def test_synthesize_writes_a_data_set(tmp_path, capsys):
+    arguments = "--image-size 64 64 --train 2 --test-good 1 --test-per-defect 1 --severity 0.5 1.0 --seed 3"
+    assert main(["synthesize", "board", str(tmp_path), *arguments.split()]) == 0
+    folder = tmp_path / "board"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["size"], manifest["seed"], manifest["severity"]) == ([64, 64], 3, [0.5, 1.0])
+    assert len(list((folder / "train" / "good").iterdir())) == 2
+    assert str(folder) in capsys.readouterr().out
+    assert "another data set" in failure(capsys, "synthesize", "board", tmp_path)
+
+
+def test_train_evaluate_and_detect(teacher, product, tmp_path, capsys, monkeypatch):
+    run, out = tmp_path / "run", tmp_path / "out"
+    settings = f"--dataset folder --data-root {product} --run-folder {run} --teacher {teacher} --size XS"
+    arguments = [*settings.split(), *"--image-size 64 64 --steps 2 --validate-every 1 --device cpu".split()]
+    assert main(["train", *arguments]) == 0
+    assert yaml.safe_load((run / "parameters.yaml").read_text())["steps"] == 2
+    assert str(run / "model.safetensors") in capsys.readouterr().out
+
+    assert main(["evaluate", str(run)]) == 0
+    metrics = Run(run).metrics
+    assert metrics["data"] == "folder/product" and metrics["seconds"] > 0
+    assert {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "au_pro"} < metrics.keys()
+    assert f"{metrics['au_pro']:.3f}" in capsys.readouterr().out
+    assert (run / "scores.csv").is_file()
+
+    truth = ["--masks", product / "ground_truth", "--out", out, "--save-maps"]
+    assert main(["detect", *map(str, [run / "model.safetensors", product / "test", *truth])]) == 0
+    assert "2 images" in capsys.readouterr().out
+    assert (out / "heatmaps" / "hole" / "000.png.png").is_file()
+    detected = [line.split(",") for line in (out / "scores.csv").read_text().splitlines()[1:]]
+    evaluated = [line.split(",") for line in (run / "scores.csv").read_text().splitlines()[1:]]
+    assert [float(row[1]) for row in detected] == pytest.approx([float(row[3]) for row in evaluated], rel=1e-4)
+
+    # The same folder again with other settings is refused, and the model stays.
+    before = (run / "model.safetensors").read_bytes()
+    assert "steps: 2 there, 3 now" in failure(capsys, "train", *arguments, "--steps", "3")
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_size_is_named(teacher, product, tmp_path, capsys):
+    run = tmp_path / "run"
+    other = EfficientAD("XS", channels=4, image_size=(64, 64))
+    networks = {name: getattr(other, name).state_dict() for name in ("student", "autoencoder")}
+    Run(run).save_checkpoint("last", {**networks, "step": 1})
+    before = (run / "checkpoints" / "last.pt").read_bytes()
+    settings = f"--dataset folder --data-root {product} --run-folder {run} --teacher {teacher} --size XS"
+    said = failure(capsys, "train", *settings.split(), *"--image-size 64 64 --steps 2 --device cpu".split())
+    assert "its checkpoint is not of size XS with 8 channels" in said
+    assert (run / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_training_without_enough_images(teacher, picture, tmp_path, capsys):
+    for index in range(9):
+        picture(tmp_path / "few" / f"{index}.png", seed=index)
+    settings = f"--dataset folder --data-root {tmp_path / 'few'} --run-folder {tmp_path / 'run'} --teacher {teacher}"
+    assert "10 are needed" in failure(capsys, "train", *settings.split(), "--size", "XS")
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_without_test_images(model, teacher, product, tmp_path, capsys):
+    import shutil
+
+    shutil.rmtree(product / "test")
+    run = tmp_path / "run"
+    Run(run).start(TrainingSettings(dataset="folder", data_root=str(product), size="XS", image_size=[64, 64]))
+    shutil.copy(model, run / "model.safetensors")
+    assert "has no test images" in failure(capsys, "evaluate", run)
+    assert not Run(run).done
+
+
+def test_detect_says_by_its_exit_code_whether_all_was_read(model, picture, tmp_path, capsys):
+    images, out = tmp_path / "images", tmp_path / "out"
+    good = picture(images / "a.png")
+    assert main(["detect", str(model), str(good), "--out", str(out)]) == 0
+    (images / "b.png").write_bytes(b"")
+    assert main(["detect", str(model), str(images), "--out", str(out)]) == 1
+    assert "1 images" in capsys.readouterr().out
+    good.unlink()
+    assert "none of 1 images could be read" in failure(capsys, "detect", model, images, "--out", out)
+
+
+def test_detect_refuses_what_is_no_model(picture, tmp_path, capsys):
+    fake = tmp_path / "model.safetensors"
+    fake.write_bytes(b"\x80\x04nothing")
+    assert "not a whole effad model" in failure(capsys, "detect", fake, picture(tmp_path / "a.png"))
+    save_file({"x": torch.zeros(2)}, fake)
+    assert "not a whole effad model" in failure(capsys, "detect", fake, tmp_path / "a.png")

@@ -1,0 +1,207 @@
+"""Detection: the results of each image where its name says, and one bad file that stops nothing."""
+
+import csv
+import errno
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from effad_lib import detection, plots, runs
+from effad_lib.detection import detect
+from effad_lib.detector import EfficientAD
+from effad_lib.images import ImageError, read_image, to_float
+from effad_lib.runs import RunError
+from effad_lib.settings import SettingsError
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_each_image_gets_its_picture_score_and_map(small_detector, picture, tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    path = picture(images / "line 1" / "deep" / "a.png")
+    picture(images / "b.jpg", size=(64, 64), seed=1)
+    table = detect(small_detector, images, out, save_maps=True)
+
+    assert files(out) == [
+        "heatmaps/b.jpg.png",
+        "heatmaps/line 1/deep/a.png.png",
+        "maps/b.jpg.npy",
+        "maps/line 1/deep/a.png.npy",
+        "scores.csv",
+    ]
+    small = to_float(torch.from_numpy(read_image(path, (64, 64)))[None])
+    with torch.no_grad():
+        expected = small_detector(small)
+    row = table.set_index("file").loc["line 1/deep/a.png"]
+    assert row["score"] == pytest.approx(float(expected.score), rel=1e-5)
+    assert row["threshold"] == small_detector.threshold
+    stored = np.load(out / "maps" / "line 1" / "deep" / "a.png.npy", allow_pickle=False)
+    assert stored.dtype == np.float32 and stored.shape == (80, 96)
+    resized = functional.interpolate(expected.combined, (80, 96), mode="bilinear")[0, 0]
+    np.testing.assert_allclose(stored, resized.numpy(), rtol=1e-4, atol=1e-5)
+    with open(out / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == ["b.jpg", "line 1/deep/a.png"]
+    assert list(rows[0]) == ["file", "score", "threshold", "decision", "error"]
+
+
+def test_the_decision_is_a_score_above_the_threshold(small_detector, picture, tmp_path, monkeypatch):
+    path = picture(tmp_path / "a.png")
+    score = detect(small_detector, path, tmp_path / "out")["score"][0]
+    for threshold, decision in ((score - 1e-3, "defective"), (score + 1e-3, "good"), (score, "good")):
+        monkeypatch.setattr(small_detector, "threshold", threshold)
+        assert detect(small_detector, path, tmp_path / "out")["decision"][0] == decision
+
+
+def test_all_pictures_have_one_scale_and_the_truth_where_given(small_detector, picture, tmp_path, monkeypatch):
+    drawn, draw = [], plots.heatmap_panel
+
+    def panel(image, heat, mask, **options):
+        drawn.append((options["scale"], options["threshold"], mask))
+        return draw(image, heat, mask, **options)
+
+    monkeypatch.setattr(detection.plots, "heatmap_panel", panel)
+    for name, seed in (("good/0", 0), ("crack/0", 1)):
+        picture(tmp_path / "test" / f"{name}.png", seed=seed)
+    truth = np.zeros((80, 96), np.uint8)
+    truth[10:20, 30:40] = 255
+    (tmp_path / "masks" / "crack").mkdir(parents=True)
+    Image.fromarray(truth).save(tmp_path / "masks" / "crack" / "0_mask.png")
+
+    detect(small_detector, tmp_path / "test", tmp_path / "out", masks=tmp_path / "masks")
+    (scale, threshold, mask), (other_scale, _, none) = drawn
+    assert scale == other_scale and scale[0] == 0 < scale[1]
+    assert threshold == small_detector.threshold
+    assert none is None and np.array_equal(mask, truth > 0)
+
+
+def test_a_bad_file_is_left_out_and_the_rest_done(small_detector, picture, tmp_path, capsys):
+    images = tmp_path / "images"
+    picture(images / "a.png")
+    (images / "b.png").write_bytes(b"no image at all")
+    picture(images / "c.tif", mode="CMYK")
+    Image.fromarray(np.zeros((80, 80), np.uint16)).save(images / "d.png")
+    picture(images / "e.png", mode="L")
+    table = detect(small_detector, images, tmp_path / "out").set_index("file")
+    assert list(table.index[table["error"] == ""]) == ["a.png", "e.png"]
+    assert table.loc["c.tif", "error"].endswith("Save it as 8-bit RGB or 8-bit grey first.")
+    assert np.isnan(table.loc["b.png", "score"]) and table.loc["b.png", "decision"] == ""
+    assert files(tmp_path / "out") == ["heatmaps/a.png.png", "heatmaps/e.png.png", "scores.csv"]
+    said = capsys.readouterr().err
+    assert all(f"left out: {images / name}" in said for name in ("b.png", "c.tif", "d.png"))
+
+
+def test_a_mask_of_another_size_is_named(small_detector, picture, tmp_path):
+    path, mask = picture(tmp_path / "a.png"), tmp_path / "mask.png"
+    Image.new("L", (10, 10)).save(mask)
+    table = detect(small_detector, path, tmp_path / "out", masks=mask)
+    assert "mask of (10, 10), its image has (80, 96)" in table["error"][0]
+
+
+def test_masks_that_fit_no_image_are_an_error(small_detector, picture, tmp_path):
+    picture(tmp_path / "images" / "a.png")
+    picture(tmp_path / "masks" / "z_mask.png", mode="L")
+    with pytest.raises(ImageError, match=r"none of its 1 masks.*a_mask.png"):
+        detect(small_detector, tmp_path / "images", tmp_path / "out", masks=tmp_path / "masks")
+
+
+@pytest.mark.parametrize("name", ["..png", "$x_1$ {.png", 'ä ö, "q".png', "-rf.png"])
+def test_odd_names_stay_inside(small_detector, picture, tmp_path, name):
+    path = picture(tmp_path / "images" / "x.png").rename(tmp_path / "images" / name)
+    table = detect(small_detector, path, tmp_path / "out", save_maps=True)
+    assert table["error"].tolist() == [""]
+    assert files(tmp_path / "out") == sorted([f"heatmaps/{name}.png", f"maps/{name}.npy", "scores.csv"])
+
+
+def test_a_path_with_dots_gives_the_name_only(small_detector, picture, tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "sub").mkdir()
+    detect(small_detector, tmp_path / "sub" / ".." / "a.png", tmp_path / "sub" / "out")
+    assert files(tmp_path / "sub" / "out") == ["heatmaps/a.png.png", "scores.csv"]
+
+
+def test_links_lead_neither_in_nor_out(small_detector, picture, tmp_path):
+    picture(tmp_path / "images" / "a.png")
+    picture(tmp_path / "images" / "sub" / "b.png", seed=1)
+    picture(tmp_path / "elsewhere" / "secret.png", seed=2)
+    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "elsewhere" / "secret.png")
+    (tmp_path / "out" / "heatmaps").mkdir(parents=True)
+    (tmp_path / "out" / "heatmaps" / "sub").symlink_to(tmp_path / "elsewhere")
+    table = detect(small_detector, tmp_path / "images", tmp_path / "out").set_index("file")
+    assert list(table.index) == ["a.png", "sub/b.png"]
+    assert "would lie outside" in table.loc["sub/b.png", "error"]
+    assert files(tmp_path / "elsewhere") == ["secret.png"]
+
+
+def test_results_below_the_folder_are_no_images(small_detector, picture, tmp_path):
+    picture(tmp_path / "a.png")
+    for _ in range(2):
+        table = detect(small_detector, tmp_path, tmp_path / "out")
+        assert table["file"].tolist() == ["a.png"]
+
+
+def test_a_folder_without_images(small_detector, tmp_path):
+    with pytest.raises(ImageError, match="no image below this folder"):
+        detect(small_detector, tmp_path, tmp_path / "out")
+    with pytest.raises(ImageError, match="no such image or folder"):
+        detect(small_detector, tmp_path / "nothing.png", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_decide(picture, tmp_path):
+    path = picture(tmp_path / "a.png")
+    broken = EfficientAD("XS", channels=8, image_size=(64, 64))
+    with pytest.raises(SettingsError, match="no threshold"):
+        detect(broken, path, tmp_path / "out")
+    broken.threshold = 1.0
+    broken.teacher_mean.fill_(float("nan"))
+    with pytest.raises(SettingsError, match=r"a.png is not finite"):
+        detect(broken, path, tmp_path / "out")
+
+
+def test_a_full_disk_keeps_the_old_results(small_detector, picture, tmp_path, monkeypatch):
+    path, out = picture(tmp_path / "a.png"), tmp_path / "out"
+    detect(small_detector, path, out)
+    before = {name: (out / name).read_bytes() for name in files(out)}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runs.os, "fsync", full)
+    with pytest.raises(RunError, match="No space left"):
+        detect(small_detector, path, out)
+    assert {name: (out / name).read_bytes() for name in files(out)} == before
+
+
+def test_ctrl_c_keeps_the_scores_so_far(small_detector, picture, tmp_path, monkeypatch):
+    for index in range(3):
+        picture(tmp_path / "images" / f"{index}.png", seed=index)
+    done = detection._detect_one
+
+    def interrupted(detector, path, *rest):
+        if path.name == "2.png":
+            raise KeyboardInterrupt
+        return done(detector, path, *rest)
+
+    monkeypatch.setattr(detection, "_detect_one", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="2 of 3 images are done"):
+        detect(small_detector, tmp_path / "images", tmp_path / "out")
+    with open(tmp_path / "out" / "scores.csv", newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["0.png", "1.png"]
+
+
+def test_no_figure_is_left_open(small_detector, picture, tmp_path):
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        detect(small_detector, picture(tmp_path / "a.png"), tmp_path / "out")
+    assert plt.get_fignums() == before

@@ -1,0 +1,93 @@
+"""Settings: what papermill lets through must be caught here."""
+
+from dataclasses import FrozenInstanceError, dataclass
+
+import pytest
+
+from effad_lib.settings import Settings, SettingsError, nearest, pick_device
+
+
+@dataclass(frozen=True)
+class Example(Settings):
+    steps: int = 10
+    learning_rate: float = 1e-4
+    image_size: list[int] = (64, 64)
+    padding: bool = False
+    teacher: str = ""
+
+    def check(self) -> None:
+        self.require(self.steps > 0, "steps", "a positive number")
+
+
+def notebook(**injected):
+    """The globals of a kernel after the parameters cell: what IPython puts there, and what papermill injected."""
+    modules = {"In": ["", "x"], "Out": {}, "_": "", "_i1": "steps = 3", "__name__": "__main__", "exit": object()}
+    return {**modules, "torch": pytest, "Example": Example, "quit": object(), **injected}
+
+
+def test_defaults_are_checked_and_frozen():
+    example = Example()
+    assert example.as_dict() == {
+        "steps": 10,
+        "learning_rate": 1e-4,
+        "image_size": [64, 64],
+        "padding": False,
+        "teacher": "",
+    }
+    with pytest.raises(FrozenInstanceError):
+        example.steps = 3
+
+
+def test_a_notebook_gives_what_its_parameters_cells_set():
+    example = Example.from_notebook(notebook(steps=3, image_size=[96, 128]))
+    assert (example.steps, example.image_size, example.learning_rate) == (3, [96, 128], 1e-4)
+
+
+def test_a_notebook_with_an_unknown_parameter_names_it_and_the_nearest():
+    with pytest.raises(SettingsError, match=r"'learing_rate'.*known are .*steps.*Did you mean 'learning_rate'"):
+        Example.from_notebook(notebook(learing_rate=0.1))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("steps", "3", "takes int, not str. Remove the quotes"),
+        ("steps", 3.0, "takes int, not float"),
+        ("steps", True, "takes int, not bool"),
+        ("steps", None, "takes int, not NoneType"),
+        ("learning_rate", "1e-4", "write 1.0e-4"),
+        ("learning_rate", float("nan"), "takes float"),
+        ("learning_rate", True, "takes float, not bool"),
+        ("image_size", 64, "takes a list of int"),
+        ("image_size", "64", "takes a list of int"),
+        ("image_size", [64, "64"], "takes int, not str"),
+        ("padding", 1, "takes bool, not int"),
+        ("teacher", None, "takes str"),
+        ("steps", 0, "steps = 0: steps takes a positive number"),
+    ],
+)
+def test_a_wrong_type_or_value_is_named(name, value, says):
+    with pytest.raises(SettingsError, match=says) as error:
+        Example.from_notebook(notebook(**{name: value}))
+    assert str(error.value).startswith(name)
+
+
+def test_an_int_is_a_float_and_a_tuple_a_list():
+    example = Example(learning_rate=1, image_size=(64, 64))
+    assert isinstance(example.learning_rate, float)
+    assert example.image_size == [64, 64]
+
+
+def test_nearest_says_nothing_when_nothing_is_near():
+    assert nearest("zzz", ["steps", "seed"]) == "known are seed, steps."
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpuu", ""])
+def test_a_device_that_is_not_here(name):
+    with pytest.raises(SettingsError, match=r"not available here.*cpu"):
+        pick_device(name)
+
+
+def test_auto_takes_a_device_that_works():
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    assert pick_device("cpu").type == "cpu"
