@@ -144,26 +144,23 @@ def train_options(parser: argparse.ArgumentParser) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train a detector on good images, or continue where it was stopped."""
-    from effad_lib import training
-    from effad_lib.runs import Run
-
-    settings = training.TrainingSettings.from_mapping(given(options, settings_options(training.TrainingSettings)))
-    training.train(settings, _load_split(settings))
-    finished = Run(settings.run_folder)
-    print(f"{finished.model}\nTo measure it: effad evaluate {finished.folder}")
-    return 0
-
-
-def _load_split(settings: Any) -> Any:
     from effad_lib.datasets import load_dataset
+    from effad_lib.runs import Run
+    from effad_lib.training import TrainingSettings
+    from effad_lib.training import train as work
 
-    return load_dataset(
+    settings = TrainingSettings.from_mapping(given(options, settings_options(TrainingSettings)))
+    split = load_dataset(
         settings.dataset,
         root=settings.data_root,
         category=settings.category,
         seed=settings.seed,
         validation_share=settings.validation_share,
     )
+    work(settings, split)
+    finished = Run(settings.run_folder)
+    print(f"{finished.model}\nTo measure it: effad evaluate {finished.folder}")
+    return 0
 
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
@@ -174,28 +171,12 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Measure a trained run on its test images; writes metrics.json, scores.csv and maps into it."""
-    import yaml
-
     from effad_lib import batch, evaluation
-    from effad_lib.detector import EfficientAD
-    from effad_lib.runs import Run, RunError
-    from effad_lib.settings import pick_device
-    from effad_lib.training import TrainingSettings
 
-    finished = Run(Path(options.run).expanduser().resolve())
-    parameters = finished.folder / "parameters.yaml"
-    if not parameters.is_file() or not finished.model.is_file():
-        raise RunError(f"{finished.folder} is not the folder of a finished training. Train one with `effad train`.")
-    values = yaml.safe_load(parameters.read_text(encoding="utf-8")) | {"device": options.device}
-    settings = TrainingSettings.from_mapping(values)
-    split = _load_split(settings)
-    if not split.test:
-        raise RunError(f"{split.name} has no test images. Add test/good and test/<defect>, or use `effad detect`.")
-    detector = EfficientAD.load(finished.model, pick_device(options.device))
-    found = evaluation.evaluate(detector, split.test)
-    found.save(finished.folder)
-    finished.finish({"data": split.name, **found.metrics(), "seconds": detector.card.get("seconds")})
-    print(batch.as_text(batch.results([finished.folder])))
+    folder = Path(options.run).expanduser().resolve()
+    detector, _, found = evaluation.evaluate_run(folder, options.device)
+    evaluation.finish_run(folder, detector, found)
+    print(batch.as_text(batch.results([folder])))
     if len(table := found.by_defect()):
         print(f"\n{table.round(3).to_string(na_rep='–')}")
     for note in found.notes:

@@ -116,8 +116,8 @@ def load_dataset(
 
     - "mvtec_ad": `root` holds the category folders (default `data/mvtec_ad`); `category` is one of them.
     - "folder": `root` is any folder of good images, see `load_folder`.
-    - "elpv": solar cells from the PyPI package `elpv-dataset`; `category` is "mono", "poly" or "all".
-    - "synthetic": `category` is a product; rendered into `root` (default `data/synthetic`) if not there yet.
+    - "elpv": solar cells from the PyPI package `elpv-dataset`; `category` is "mono" (default), "poly" or "all".
+    - "synthetic": `category` is a product ("board" by default); rendered into `root` (default `data/synthetic`) if not there yet.
     - the name of a function of your own, see `register`.
 
     `validation_share` of the good training images, at least three, is drawn by `seed` and held out for
@@ -302,6 +302,7 @@ def load_elpv(root: Path | None, category: str, seed: int, validation_share: flo
     modules are tested: the first, fourth, seventh ... of each type, with their good and defective cells. The
     other modules give their good cells to training. The test part is the same for every seed.
     """
+    category = category or "mono"
     if category not in (categories := ("mono", "poly", "all")):
         raise DatasetError(f"unknown category {category!r} of elpv: {nearest(category, categories)}")
     package = util.find_spec("elpv_dataset")
@@ -335,6 +336,7 @@ def load_synthetic(root: Path | None, category: str, seed: int, validation_share
     """Read a synthetic product in MVTec layout, rendered first if its folder has no `manifest.json` yet."""
     from effad_lib import synthesis  # only this data set needs its drawing libraries
 
+    category = category or synthesis.DEFAULT_PRODUCT
     if category not in synthesis.product_names():
         raise DatasetError(f"unknown product {category!r}: {nearest(category, synthesis.product_names())}")
     folder = (root or resolve("data/synthetic")) / category

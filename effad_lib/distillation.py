@@ -175,8 +175,8 @@ def distil(settings: DistillationSettings, *, on_step: Callable[[int, float], No
     """
     run = Run(settings.run_folder)
     device = pick_device(settings.device)
-    natural = NaturalImages(settings.images)
-    held_out = NaturalImages(settings.images)
+    folder = resolve(settings.images) if settings.images else ""
+    natural, held_out = NaturalImages(folder), NaturalImages(folder)
     if settings.held_out >= len(natural):
         raise SettingsError(f"held_out = {settings.held_out}: only {len(natural)} photographs are there.")
     chosen = torch.randperm(len(natural), generator=torch.Generator().manual_seed(0)).tolist()[: settings.held_out]

@@ -31,7 +31,7 @@ MAP_NAMES = ("combined", "student_teacher", "student_autoencoder")
 class EvaluationSettings(Settings):
     """Settings of an evaluation."""
 
-    run_folder: str = "runs/03_training"  # the folder of a finished training; the results go there too
+    run_folder: str = "runs/training"  # the folder of a finished training; the results go there too
     least_image_auroc: float = 0.0  # notebook 04 fails below this image AU-ROC; 0 accepts all
     device: str = "auto"
 
@@ -275,6 +275,20 @@ def brightness_scores(samples: Sequence[Sample], normal: Sequence[Sample], size:
         for some in (samples, normal)
     )
     return np.abs(brightness - usual.mean()) / max(usual.std(), 1e-6)
+
+
+def blind_scores(detector: EfficientAD, samples: Sequence[Sample], *, batch_size: int = 8) -> np.ndarray:
+    """Score images as if the student always answered with the teacher's mean, float [N], the map's largest value.
+
+    A second detector that has learned nothing: where it does as well as ours, the teacher alone finds the defects.
+    """
+    images = load_images([sample.image for sample in samples], detector.image_size)
+    scores = []
+    with torch.inference_mode():
+        for batch in tqdm(images.split(batch_size), desc="teacher alone", leave=False):
+            features = detector.teacher_features(detector.normalise(to_float(batch.to(detector.device))))
+            scores.append(features.square().mean(dim=1).amax(dim=(1, 2)).cpu())
+    return torch.cat(scores).numpy()
 
 
 def worst_mistakes(

@@ -39,22 +39,24 @@ def write_with(path: str | Path, write: Callable[[Path], Any]) -> Path:
     On failure (a full disk, Ctrl-C) the temporary file is removed and the old file stays as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         partial.chmod(0o644)
         partial.replace(path)
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free / 2**20
+        there = next(folder for folder in path.parents if folder.exists())
+        free = shutil.disk_usage(there).free / 2**20
         raise RunError(
             f"cannot write {path}: {error.strerror or error} ({free:.0f} MB free there). Free some space or choose "
             f"another folder, then start again: what was finished before is kept."
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     return path
 
 

@@ -20,7 +20,7 @@ from effad_lib.detector import EfficientAD
 from effad_lib.distillation import channel_statistics, learning_rate_factor, load_teacher
 from effad_lib.images import NaturalImages, augment_colour, check_size, load_images, to_float
 from effad_lib.networks import check_network, initialise
-from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
+from effad_lib.runs import Run, RunError, finish_step_on_interrupt, resolve, write_text
 from effad_lib.settings import PRECISIONS, Settings, SettingsError, pick_device
 
 KEPT_CHECKPOINTS = 3
@@ -34,7 +34,7 @@ class TrainingSettings(Settings):
 
     run_folder: str = "runs/training"
     dataset: str = "synthetic"  # mvtec_ad, folder, elpv, synthetic, or one registered by the user
-    category: str = ""  # which category, product or kind of cell; "" takes the data set's first
+    category: str = ""  # which category, product or kind of cell; "" takes the data set's default
     data_root: str = ""  # folder of the data set; "" takes the default under data/
     size: str = "S"  # S or M (paper), XS (for CPUs)
     teacher: str = ""  # a .safetensors file of `effad distill`; "" takes the shipped one of this size
@@ -149,7 +149,7 @@ def train(
     run.start(settings, may_change=("run_folder", "device", "data_root", "penalty_images", "teacher"))
     if run.model.is_file():
         return EfficientAD.load(run.model, device)
-    natural = NaturalImages(settings.penalty_images)
+    natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
     size = tuple(settings.image_size)
     torch.manual_seed(settings.seed)
     detector = EfficientAD(settings.size, teacher.out_channels, settings.padding, size)

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from effad_lib import batch, distillation
-from effad_lib.batch import ProfileError, as_text, departures, load_profile, notebook_parameters, results, run_profile
+from effad_lib.batch import as_text, departures, load_profile, notebook_parameters, results, run_profile
 from effad_lib.networks import PDN
+from effad_lib.profiles import ProfileError
 from effad_lib.runs import PROJECT, Run, RunError, resolve
 from effad_lib.settings import SettingsError
 from effad_lib.training import TrainingSettings

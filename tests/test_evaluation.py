@@ -1,17 +1,31 @@
 """Evaluation with a fake detector whose maps are the image's own colours, so that every number is known."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from effad_lib import metrics
 from effad_lib.datasets import Sample
 from effad_lib.detector import AnomalyMaps
-from effad_lib.evaluation import evaluate, load_maps, worst_mistakes
-from effad_lib.images import ImageError
+from effad_lib.evaluation import (
+    EvaluationSettings,
+    blind_scores,
+    brightness_scores,
+    evaluate,
+    evaluate_run,
+    finish_run,
+    load_maps,
+    worst_mistakes,
+)
+from effad_lib.images import ImageError, read_image
+from effad_lib.runs import Run, RunError
+from effad_lib.settings import SettingsError
 
 
 class Brightness(torch.nn.Module):
@@ -181,3 +195,96 @@ def test_worst_mistakes():
     assert misses.tolist() == [0, 2, 4] and false_alarms.tolist() == [1, 5]
     misses, false_alarms = worst_mistakes(scores, labels, threshold=0.7, count=1)
     assert misses.tolist() == [0] and false_alarms.tolist() == [1]
+
+
+def test_each_branch_is_judged_by_the_maxima_of_its_own_map(samples):
+    found = evaluate(Brightness(), samples)  # good, good, dent, dent, hole
+    for name, maxima in (("student_teacher", (2, 4, 3, 5, 1)), ("student_autoencoder", (1, 2, 3, 4, 5))):
+        values = getattr(found.maps, name)
+        values[:] = 0
+        values[np.arange(5), [3, 60, 7, 20, 33], 40] = maxima
+    table = found.by_branch()
+    assert table.columns.tolist() == ["combined", "student_teacher", "student_autoencoder"]
+    assert table.index.tolist() == ["dent", "hole", "all"]
+    assert table["student_teacher"].tolist() == pytest.approx([0.75, 0, 0.5])
+    assert table["student_autoencoder"].tolist() == [1, 1, 1]
+    assert table.loc["all", "combined"] == found.metrics()["image_auroc"]
+
+
+def test_pro_curve_is_the_one_that_au_pro_measures(samples, tmp_path):
+    found = evaluate(Brightness(), samples)
+    fpr, overlap = found.pro_curve()
+    inside = fpr <= 0.3
+    x, y = np.append(fpr[inside], 0.3), np.append(overlap[inside], np.interp(0.3, fpr, overlap))
+    assert np.trapezoid(y, x) / 0.3 == pytest.approx(found.metrics()["au_pro"])
+    unmasked = (*samples, write_sample(tmp_path, "f", 180, "hole", mask=False))
+    assert evaluate(Brightness(), unmasked).pro_curve() is None
+
+
+def test_brightness_counts_deviations_from_the_normal_images(tmp_path):
+    grey = {name: tmp_path / f"{name}.png" for name in (90, 110, 130, 70)}
+    for level, path in grey.items():
+        Image.new("RGB", (70, 80), (level, level, level)).save(path)
+    normal = [Sample(grey[90], None, 0, "good"), Sample(grey[110], None, 0, "good")]
+    tested = [Sample(grey[130], None, 1, "x"), Sample(grey[70], None, 1, "x"), normal[0]]
+    assert brightness_scores(tested, normal) == pytest.approx([3, 3, 1])
+    assert np.isfinite(brightness_scores(tested, normal[:1])).all()  # no deviation to divide by
+
+
+def test_a_blind_student_answers_with_the_teachers_mean(small_detector, samples):
+    blind = copy.deepcopy(small_detector)
+    with torch.no_grad():
+        for weight in blind.student.parameters():
+            weight.zero_()
+    images = np.stack([read_image(sample.image, blind.image_size) for sample in samples])
+    with torch.inference_mode():
+        expected = blind.raw_maps(torch.from_numpy(images) / 255)[0].flatten(1).max(dim=1).values
+    assert blind_scores(small_detector, samples, batch_size=2) == pytest.approx(expected.numpy(), rel=1e-4)
+
+
+@pytest.fixture
+def finished(model, picture, tmp_path):
+    """A run folder as training leaves it, and its data set of random pictures."""
+    for name in [*(f"train/good/{k}.png" for k in range(14)), "test/good/0.png", "test/dent/0.png", "test/dent/1.png"]:
+        picture(tmp_path / "data" / name, seed=len(name) + ord(name[-5]))
+    made = {"dataset": "folder", "data_root": str(tmp_path / "data"), "category": "", "seed": 1}
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    (run.folder / "parameters.yaml").write_text(yaml.safe_dump(made | {"validation_share": 0.2, "steps": 3}))
+    run.model.write_bytes(model.read_bytes())
+    return run
+
+
+def test_a_run_is_evaluated_on_its_own_split_and_finished_last(finished):
+    detector, split, found = evaluate_run(finished.folder, "cpu")
+    assert (len(split.train), len(split.validation)) == (11, 3)
+    assert found.samples == split.test and found.labels.tolist() == [1, 1, 0]
+    assert found.threshold == detector.threshold and not finished.done
+    image = torch.from_numpy(read_image(split.test[0].image, detector.image_size))[None] / 255
+    with torch.inference_mode():
+        assert found.scores[0] == pytest.approx(float(detector(image).score), rel=1e-4)
+
+    written = finish_run(finished.folder, detector, found)
+    assert finished.metrics == written
+    keys = ["data", "image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "au_pro", "seconds", "steps", "size"]
+    assert list(written) == keys
+    assert written["data"] == "random images" and written["size"] == "XS" and written["au_pro"] is None
+    assert len(pd.read_csv(finished.folder / "scores.csv")) == len(list((finished.folder / "maps").iterdir())) == 3
+
+
+def test_a_folder_without_training_or_test_images_is_refused(finished, tmp_path):
+    with pytest.raises(RunError, match=r"elsewhere is not the folder of a finished training.*effad train"):
+        evaluate_run(tmp_path / "elsewhere")
+    for path in (tmp_path / "data" / "test").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(RunError, match="folder/data has no test images"):
+        evaluate_run(finished.folder)
+
+
+def test_settings_are_checked():
+    with pytest.raises(SettingsError, match=r"least_image_auroc = 95\.0.*between 0 and 1"):
+        EvaluationSettings(least_image_auroc=95)
+    with pytest.raises(SettingsError, match="device = 'gpu'"):
+        EvaluationSettings(device="gpu")
+    with pytest.raises(SettingsError, match=r"unknown parameter 'run_foldr'.*Did you mean 'run_folder'"):
+        EvaluationSettings.from_mapping({"run_foldr": "runs/a"})

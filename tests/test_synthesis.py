@@ -1,5 +1,6 @@
 """Synthetic products: determinism, exact masks, severity, the written layout, refusals."""
 
+import inspect
 import json
 from dataclasses import replace
 
@@ -15,9 +16,11 @@ from effad_lib.synthesis import (
     PRODUCTS,
     TOLERANCE,
     SynthesisError,
+    SynthesisSettings,
     defect_names,
     product_names,
     render,
+    synthesize,
     write_dataset,
 )
 
@@ -166,6 +169,42 @@ def test_an_existing_folder_is_replaced_only_on_demand(tmp_path):
     with pytest.raises(SynthesisError, match="is a file"):
         write_dataset("metal", precious / "thesis.txt", train=1, overwrite=True, **counts)
     assert (precious / "thesis.txt").read_text() == "mine"
+
+
+def test_settings_write_once_and_keep_what_is_there(tmp_path):
+    settings = SynthesisSettings(
+        product="metal", data_root=str(tmp_path), image_size=[64, 80], train=2, test_good=1, test_per_defect=1, seed=3
+    )
+    folder = synthesize(settings)
+    assert folder == tmp_path / "metal"
+    counts = {"train": 2, "test_good": 1, "test_per_defect": 1}
+    direct = write_dataset("metal", tmp_path / "direct", size=(64, 80), seed=3, **counts)
+    assert files(folder) == files(direct)
+
+    (folder / "train/good/000.png").write_bytes(b"kept")
+    assert synthesize(settings) == folder and (folder / "train/good/000.png").read_bytes() == b"kept"
+    with pytest.raises(SynthesisError, match=r"another data set \(train: 2 there, 3 now\).*overwrite = True"):
+        synthesize(replace(settings, train=3))
+    assert (folder / "train/good/000.png").read_bytes() == b"kept"
+    synthesize(replace(settings, train=3, overwrite=True))
+    assert len(list((folder / "train/good").iterdir())) == 3
+
+
+def test_default_settings_are_the_defaults_of_writing():
+    arguments = {name: given.default for name, given in inspect.signature(write_dataset).parameters.items()}
+    settings = SynthesisSettings().as_dict()
+    assert settings["product"] == DEFAULT_PRODUCT and tuple(settings["image_size"]) == arguments["size"]
+    assert tuple(settings["severity"]) == arguments["severity"]
+    for name in ("train", "test_good", "test_per_defect", "seed", "overwrite"):
+        assert settings[name] == arguments[name]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"product": "bord"}, {"image_size": [32, 64]}, {"severity": [0.9, 0.1]}, {"seed": -1}]
+)
+def test_settings_are_refused_before_anything_is_drawn(wrong):
+    with pytest.raises(SynthesisError):
+        SynthesisSettings(**wrong)
 
 
 def test_a_broken_off_writing_leaves_nothing(tmp_path, monkeypatch):

@@ -252,7 +252,7 @@ def test_impossible_settings_name_field_value_and_remedy(change, message):
 
 def test_teacher_of_another_size_is_refused(stripes, teacher, tmp_path):
     settings = TrainingSettings(run_folder=str(tmp_path / "run"), size="S", teacher=str(teacher), image_size=[64, 64])
-    with pytest.raises(SettingsError, match="of size XS, the training is of S"):
+    with pytest.raises(SettingsError, match="of size XS, the training of size S"):
         train(settings, load_dataset("folder", root=stripes))
     assert not (tmp_path / "run").exists()
 

@@ -10,7 +10,7 @@ from effad_lib.synthesis.defects import DEFECTS, defect
 from effad_lib.synthesis.products import PRODUCTS, product
 from effad_lib.synthesis.rendering import TOLERANCE, SyntheticImage, defect_names, product_names, render
 from effad_lib.synthesis.scene import SynthesisError
-from effad_lib.synthesis.writer import write_dataset
+from effad_lib.synthesis.writer import SynthesisSettings, synthesize, write_dataset
 
 # Flat, textured and full of parts at fixed places: scratches and stains make sense on it, and so does a part that is
 # missing or misplaced.
@@ -22,11 +22,13 @@ __all__ = [
     "PRODUCTS",
     "TOLERANCE",
     "SynthesisError",
+    "SynthesisSettings",
     "SyntheticImage",
     "defect",
     "defect_names",
     "product",
     "product_names",
     "render",
+    "synthesize",
     "write_dataset",
 ]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
@@ -10,6 +11,8 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from effad_lib.runs import resolve
+from effad_lib.settings import Settings
 from effad_lib.synthesis.rendering import (
     TOLERANCE,
     check_product,
@@ -22,6 +25,64 @@ from effad_lib.synthesis.rendering import (
 from effad_lib.synthesis.scene import SynthesisError
 
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class SynthesisSettings(Settings):
+    """Settings of a synthetic data set; the defaults make the one that `load_dataset("synthetic")` would make."""
+
+    run_folder: str = "runs/synthesis"  # for figures; the data set goes to data_root
+    product: str = "board"  # see `product_names`
+    data_root: str = "data/synthetic"  # gets the folder <product>; the default is where dataset "synthetic" looks
+    image_size: list[int] = (256, 256)  # height and width in pixels, each at least 64
+    train: int = 200  # good images to train on
+    test_good: int = 40  # good test images
+    test_per_defect: int = 20  # test images of each defect
+    severity: list[float] = (0.4, 1.0)  # lowest and highest, above 0 (invisible) and at most 1 (obvious)
+    seed: int = 0
+    overwrite: bool = False  # replace another synthetic data set in the same folder
+
+    def check(self) -> None:
+        check_product(self.product)
+        check_size(self.image_size)
+        _severity_range(self.severity)
+        check_seed(self.seed)
+
+    @property
+    def folder(self) -> Path:
+        """Where the data set is."""
+        return resolve(self.data_root) / self.product
+
+
+def synthesize(settings: SynthesisSettings) -> Path:
+    """Write the data set of `settings` and return its folder; one that is there with the same settings is kept.
+
+    Another one is replaced with `overwrite` and is else a `SynthesisError` that names the differences.
+    """
+    asked = {
+        "product": settings.product,
+        "size": list(settings.image_size),
+        "seed": settings.seed,
+        "severity": list(settings.severity),
+        "train": settings.train,
+        "test_good": settings.test_good,
+        "test_per_defect": settings.test_per_defect,
+    }
+    manifest = settings.folder / MANIFEST
+    if manifest.is_file():
+        there = json.loads(manifest.read_text(encoding="utf-8"))
+        changed = [
+            f"{name}: {there.get(name)} there, {value} now" for name, value in asked.items() if there.get(name) != value
+        ]
+        if not changed:
+            return settings.folder
+        if not settings.overwrite:
+            raise SynthesisError(
+                f"{settings.folder} holds another data set ({'; '.join(changed)}). Set overwrite = True to replace it, "
+                "or name another data_root."
+            )
+    del asked["product"]
+    return write_dataset(settings.product, settings.folder, **asked, overwrite=settings.overwrite)
 
 
 def write_dataset(

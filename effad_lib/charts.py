@@ -1,0 +1,104 @@
+"""Charts of whatever numbers a lesson measures: distributions with their marks, and maps side by side on one scale.
+
+Like `plots`, each is a function that returns a matplotlib figure, 9 inches wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+
+from effad_lib.plots import HEAT, PALETTE, WIDTH, Scale
+
+
+def plot_distributions(
+    values: Mapping[str, np.ndarray],
+    xlabel: str,
+    *,
+    marks: Mapping[str, float] | None = None,
+    log: bool = False,
+    tail: bool = False,
+    count: str = "values",
+) -> Figure:
+    """Histograms of several sets of numbers over one another, all with the same bins.
+
+    values: for each set its name and its numbers, any shape; marks: names and places of vertical lines; log: bins of
+    equal ratio on a logarithmic axis, for numbers above zero (zeros fall into the lowest bin); tail: logarithmic
+    counts, so that what is rare stays visible; count: what is counted. Raises ValueError if a set is empty.
+    """
+    arrays = {name: np.asarray(numbers, dtype=float).ravel() for name, numbers in values.items()}
+    if not arrays or any(numbers.size == 0 for numbers in arrays.values()):
+        raise ValueError("no numbers to draw: each set needs at least one")
+    bins = _bins(np.concatenate(list(arrays.values())), log, min(numbers.size for numbers in arrays.values()))
+    fig, ax = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+    for (name, numbers), colour in zip(arrays.items(), _colours(len(arrays)), strict=True):
+        weights = np.full(numbers.size, 1 / numbers.size)
+        style = {"histtype": "stepfilled", "facecolor": (*colour, 0.2), "edgecolor": colour, "linewidth": 1.4}
+        ax.hist(np.clip(numbers, bins[0], bins[-1]), bins, weights=weights, label=name, **style)
+    for (name, place), dashes in zip((marks or {}).items(), ("--", ":", "-.", "-") * len(marks or {}), strict=False):
+        ax.axvline(place, color="black", linestyle=dashes, linewidth=1.2, label=f"{name} = {place:.3g}")
+    ax.set(xlabel=xlabel, ylabel=f"share of the {count}", xscale="log" if log else "linear")
+    ax.set(yscale="log" if tail else "linear")
+    ax.grid(alpha=0.3)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, frameon=False)
+    return fig
+
+
+def plot_panels(
+    panels: Mapping[str, np.ndarray],
+    label: str,
+    *,
+    scale: Scale | None = None,
+    log: bool = False,
+    unit: str = "cells",
+    columns: int = 4,
+) -> Figure:
+    """Maps side by side, all on one colour scale with one colour bar.
+
+    panels: for each map its title and its values [h, w]; label: of the colour bar, with the unit of the values; scale:
+    the values drawn darkest and brightest, by default the smallest and the largest of all maps; log: colours by the
+    logarithm; unit: of rows and columns. Raises ValueError if there is nothing to draw.
+    """
+    if not panels:
+        raise ValueError("no maps to draw")
+    arrays = [np.asarray(values, dtype=float) for values in panels.values()]
+    low, high = scale or (min(a.min() for a in arrays), max(a.max() for a in arrays))
+    norm = LogNorm(low, high) if log else Normalize(low, high)
+    columns = min(columns, len(arrays))
+    rows = -(-len(arrays) // columns)
+    height = rows * (WIDTH / (columns + 0.6) * arrays[0].shape[0] / arrays[0].shape[1] + 0.5)
+    fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, layout="compressed")
+    for ax in axes.flat[len(arrays) :]:
+        ax.set_axis_off()
+    for ax, title, values in zip(axes.flat, panels, arrays, strict=False):
+        drawn = ax.imshow(values, cmap=plt.get_cmap(HEAT).with_extremes(bad="black"), norm=norm)
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel(f"column ({unit})", fontsize=8)
+        ax.tick_params(labelsize=8)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(f"row ({unit})", fontsize=8)
+    fig.colorbar(drawn, ax=axes, label=label, extend="both" if scale else "neither", fraction=0.05, aspect=25)
+    return fig
+
+
+def _bins(numbers: np.ndarray, log: bool, fewest: int) -> np.ndarray:
+    """Return the edges from the smallest to the largest number, more for more numbers and 80 bins at most; on a
+    logarithmic axis they span six decades at most.
+    """
+    edges = 1 + int(np.clip(2 * fewest**0.5, 10, 80))
+    high = float(numbers.max())
+    if not log:
+        low = float(numbers.min())
+        return np.linspace(low, high if high > low else low + 1, edges)
+    high = high if high > 0 else 1.0
+    above = numbers[numbers > 0]
+    low = max(float(above.min()), 1e-6 * high) if above.size else 1e-6 * high
+    return np.geomspace(low if low < high else high / 10, high, edges)
+
+
+def _colours(count: int) -> list[tuple[float, float, float]]:
+    return [tuple(PALETTE[index % len(PALETTE)]) for index in range(count)]
