@@ -117,7 +117,7 @@ def load_dataset(
     - "mvtec_ad": `root` holds the category folders (default `data/mvtec_ad`); `category` is one of them.
     - "folder": `root` is any folder of good images, see `load_folder`.
     - "elpv": solar cells from the PyPI package `elpv-dataset`; `category` is "mono" (default), "poly" or "all".
-    - "synthetic": `category` is a product ("board" by default); rendered into `root` (default `data/synthetic`) if not there yet.
+    - "synthetic": `category` is a product (default "board"); rendered into `root` (default `data/synthetic`) if absent.
     - the name of a function of your own, see `register`.
 
     `validation_share` of the good training images, at least three, is drawn by `seed` and held out for
