@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from effad_lib.plots import HEAT, PALETTE, WIDTH, Scale
 
@@ -27,7 +28,7 @@ def plot_distributions(
     """Histograms of several sets of numbers over one another, all with the same bins.
 
     values: for each set its name and its numbers, any shape; marks: names and places of vertical lines; log: bins of
-    equal ratio on a logarithmic axis, for numbers above zero (zeros fall into the lowest bin); tail: logarithmic
+    equal ratio on a logarithmic axis, over six decades at most, smaller numbers being left out; tail: logarithmic
     counts, so that what is rare stays visible; count: what is counted. Raises ValueError if a set is empty.
     """
     arrays = {name: np.asarray(numbers, dtype=float).ravel() for name, numbers in values.items()}
@@ -38,11 +39,14 @@ def plot_distributions(
     for (name, numbers), colour in zip(arrays.items(), _colours(len(arrays)), strict=True):
         weights = np.full(numbers.size, 1 / numbers.size)
         style = {"histtype": "stepfilled", "facecolor": (*colour, 0.2), "edgecolor": colour, "linewidth": 1.4}
-        ax.hist(np.clip(numbers, bins[0], bins[-1]), bins, weights=weights, label=name, **style)
+        ax.hist(numbers, bins, weights=weights, label=name, **style)
     for (name, place), dashes in zip((marks or {}).items(), ("--", ":", "-.", "-") * len(marks or {}), strict=False):
         ax.axvline(place, color="black", linestyle=dashes, linewidth=1.2, label=f"{name} = {place:.3g}")
     ax.set(xlabel=xlabel, ylabel=f"share of the {count}", xscale="log" if log else "linear")
     ax.set(yscale="log" if tail else "linear")
+    if log and bins[-1] / bins[0] < 100:
+        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+        ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.3)
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, frameon=False)
     return fig
@@ -86,9 +90,7 @@ def plot_panels(
 
 
 def _bins(numbers: np.ndarray, log: bool, fewest: int) -> np.ndarray:
-    """Return the edges from the smallest to the largest number, more for more numbers and 80 bins at most; on a
-    logarithmic axis they span six decades at most.
-    """
+    """Return the edges from the smallest to the largest number: the more numbers, the more, up to 80 bins."""
     edges = 1 + int(np.clip(2 * fewest**0.5, 10, 80))
     high = float(numbers.max())
     if not log:

@@ -73,28 +73,30 @@ def plot_heatmaps(
 ) -> Figure:
     """Images side by side; below each its ground truth and its anomaly maps, all maps on one scale.
 
-    images as in `plot_images`; masks bool [H, W] or None; maps: for each row its name and a map [H, W] for each
-    image; scale: the values drawn darkest and brightest, beyond which colours saturate, as `heat_scale` gives.
-    A line on the colour bar marks the threshold. Raises ValueError if counts differ or the scale is empty.
+    images as in `plot_images`; masks bool [H, W] or None, [] leaves their row out; maps: for each row its name and a
+    map [H, W] for each image; scale: the values drawn darkest and brightest, beyond which colours saturate, as
+    `heat_scale` gives. A line on the colour bar marks the threshold. Raises ValueError if counts differ or the scale is
+    empty.
     """
     count = _same_count(images=images, masks=masks, titles=titles, **maps)
-    masks = list(masks) or [None] * count
     norm = _norm(scale)
     shown = [_picture(image) for image in images]
-    names = ["image", "ground truth", *maps]
+    pictures = ["image", "ground truth"] if len(masks) else ["image"]
+    names = [*pictures, *maps]
     figsize = (WIDTH, len(names) * _row_height(shown[0], max(count, 4) + 1.1, gap=0.07) + 0.2)
     fig, axes = plt.subplots(len(names), count, figsize=figsize, squeeze=False, subplot_kw=BARE, layout="compressed")
-    for column, (image, mask) in enumerate(zip(shown, masks, strict=True)):
-        axes[0, column].imshow(image)
-        axes[1, column].imshow(image)
-        _outline(axes[1, column], mask, image.shape)
-        for ax, values in zip(axes[2:, column], maps.values(), strict=True):
+    for column, image in enumerate(shown):
+        for ax in axes[: len(pictures), column]:
+            ax.imshow(image)
+        if len(masks):
+            _outline(axes[1, column], masks[column], image.shape)
+        for ax, values in zip(axes[len(pictures) :, column], maps.values(), strict=True):
             ax.imshow(np.asarray(values[column]), cmap=HEAT, norm=norm, extent=_extent(image))
         if len(titles):
             axes[0, column].set_title(titles[column], fontsize=9)
     for ax, name in zip(axes[:, 0], names, strict=True):
         ax.set_ylabel(name, fontsize=9)
-    _heat_bar(fig, axes[2, 0].images[0], list(axes.flat), threshold)
+    _heat_bar(fig, axes[-1, 0].images[0], list(axes.flat), threshold)
     return fig
 
 

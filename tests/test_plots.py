@@ -97,7 +97,12 @@ def test_heatmaps_refuse_what_does_not_fit(images):
         plots.plot_heatmaps(images[:1], [], {"combined": [heat]}, scale=(1.0, 1.0))
     with pytest.raises(ValueError, match="2 images but 1 combined"):
         plots.plot_heatmaps(images[:2], [], {"combined": [heat]}, scale=(0.0, 1.0))
-    assert len(plots.plot_heatmaps(images[:1], [], {"combined": [heat]}, scale=(0.0, 1.0)).axes) == 4
+
+
+def test_heatmaps_without_masks_have_no_row_of_them(images):
+    image, combined, bar = plots.plot_heatmaps(images[:1], [], {"combined": [np.ones((32, 48))]}, scale=(0.0, 1.0)).axes
+    assert [ax.get_ylabel() for ax in (image, combined, bar)] == ["image", "combined", "anomaly score"]
+    assert np.array_equal(combined.images[0].get_array(), np.ones((32, 48)))
 
 
 def test_outline_lies_on_the_border_of_the_mask(images, mask):
