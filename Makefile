@@ -5,12 +5,13 @@ PYTHON = python3
 BIN = .venv/bin
 INSTALLED = .venv/.installed
 
-.PHONY: help run test lab lint
+.PHONY: help run test lab lint figures
 
 help:
 	@echo "make run    execute the notebooks (quick profile) into runs/ and print the table of results"
 	@echo "make test   lint, unit tests and every notebook"
 	@echo "make lab    open the notebooks in JupyterLab"
+	@echo "make figures rewrite the pictures of README.md"
 	@echo "make lint   check style and format, notebooks included"
 
 run: $(INSTALLED)
@@ -35,3 +36,8 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[data,notebooks,test]"
 	@touch $(INSTALLED)
+
+# The pictures of README.md, from the runs of `make run`.
+figures: run
+	cp runs/quick/synthetic/figures/typical.png figures/heatmaps.png
+	cp runs/quick/elpv_mono/figures/scores.png figures/scores.png
