@@ -1,5 +1,7 @@
 """What several rooms' tests share: a small detector, calibrated but untrained, and pictures to show it."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,9 @@ from PIL import Image
 
 from effad_lib.calibration import calibrate
 from effad_lib.detector import EfficientAD
+
+# Started in the background by a shell, the tests and all that they start would be deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

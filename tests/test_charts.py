@@ -1,0 +1,57 @@
+"""Charts draw what they are given: shares that add up, marks where they belong, one colour scale for all maps."""
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from effad_lib.charts import plot_distributions, plot_panels
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def heights(fig) -> list[float]:
+    """The sum of all steps of each histogram."""
+    return [patch.get_path().vertices[1::2, 1].sum() for patch in fig.axes[0].patches]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_distributions_show_shares_of_each_set(log):
+    rng = np.random.default_rng(0)
+    fig = plot_distributions({"few": rng.lognormal(size=200), "many": rng.lognormal(size=(50, 80))}, "size", log=log)
+    for total in heights(fig):
+        assert total == pytest.approx(1, abs=1e-6)
+    assert fig.axes[0].get_xscale() == ("log" if log else "linear")
+    assert [text.get_text() for text in fig.axes[0].get_legend().get_texts()] == ["few", "many"]
+
+
+def test_distributions_mark_places_and_name_their_values():
+    fig = plot_distributions({"values": np.arange(10.0)}, "size", marks={"mean": 4.5, "largest": 9})
+    assert [line.get_xdata()[0] for line in fig.axes[0].lines] == [4.5, 9]
+    assert "mean = 4.5" in [text.get_text() for text in fig.axes[0].get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("numbers", [np.zeros(5), np.full(5, 3.0)])
+@pytest.mark.parametrize("log", [False, True])
+def test_constant_numbers_have_a_histogram_too(numbers, log):
+    plot_distributions({"constant": numbers}, "size", log=log).canvas.draw()
+
+
+def test_nothing_to_draw_is_an_error():
+    with pytest.raises(ValueError, match="at least one"):
+        plot_distributions({"empty": np.array([])}, "size")
+    with pytest.raises(ValueError, match="no maps"):
+        plot_panels({}, "heat")
+
+
+def test_panels_share_one_scale():
+    fig = plot_panels(
+        {"low": np.zeros((4, 6)), "high": np.full((4, 6), 5.0), "third": np.ones((4, 6))}, "heat", columns=2
+    )
+    drawn = [ax.images[0] for ax in fig.axes if ax.images]
+    assert {(image.norm.vmin, image.norm.vmax) for image in drawn} == {(0.0, 5.0)}
+    assert [ax.get_title() for ax in fig.axes[:3]] == ["low", "high", "third"]
+    assert fig.axes[-1].get_ylabel() == "heat"
