@@ -100,6 +100,7 @@ def check_name(what: str, name: str, known: Iterable[str], of: str = "") -> None
 
 
 def check_product(product: str) -> None:
+    """Raise SynthesisError unless there is such a product; the message lists the known ones."""
     check_name("product", product, PRODUCTS)
 
 

@@ -153,6 +153,7 @@ def mix(a: Array, b: Array, share: Array) -> Array:
 
 
 def colour(*rgb: float) -> Array:
+    """Return a colour, red, green and blue in [0, 1], that broadcasts to an albedo [H, W, 3]."""
     return np.array(rgb, np.float32)
 
 
