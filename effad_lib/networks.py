@@ -45,6 +45,22 @@ PDN_LAYERS: dict[str, tuple[Conv | Pool, ...]] = {
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation by which images in [0, 1] are normalised before any of the networks."""
 
+
+class Normalise(nn.Module):
+    """Subtract a mean and divide by a deviation per colour; ImageNet's unless told otherwise.
+
+    `forward`: images [N, 3, H, W] in [0, 1] → the same shape. The two are buffers, so nothing is copied in a step.
+    """
+
+    def __init__(self, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
 STRIDE = 4
 RECEPTIVE_FIELD = 33
 

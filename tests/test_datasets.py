@@ -32,9 +32,12 @@ def mvtec(base, train=20, masks=True, suffix="_mask"):
 
 
 @pytest.fixture
-def registry(monkeypatch):
+def registry():
     """Leave the known data sets as they were."""
-    monkeypatch.setattr(datasets, "_loaders", dict(datasets._loaders))
+    before = dict(datasets.LOADERS)
+    yield
+    datasets.LOADERS.clear()
+    datasets.LOADERS.update(before)
 
 
 # --- MVTec AD and folders -------------------------------------------------------------------------
@@ -334,7 +337,7 @@ def elpv_cells():
     """Read the labels without the csv module: file name -> (probability, type, module)."""
     path = Path(util.find_spec("elpv_dataset").origin).parent / "data/labels.csv"
     rows = [line.split() for line in path.read_text().splitlines()]
-    modules = np.repeat(np.arange(len(datasets.ELPV_MODULES)), datasets.ELPV_MODULES)
+    modules = np.repeat(np.arange(len(datasets.elpv.ELPV_MODULES)), datasets.elpv.ELPV_MODULES)
     assert len(rows) == len(modules) == 2624
     return {Path(n).name: (float(p), kind, m) for (n, p, kind), m in zip(rows, modules, strict=True)}
 
@@ -371,7 +374,7 @@ def test_elpv_modules_are_of_one_type_and_the_test_part_is_fixed():
 def test_elpv_unknown_category_and_missing_package(monkeypatch):
     with pytest.raises(DatasetError, match=r"'poli' of elpv.*Did you mean 'poly'"):
         load_dataset("elpv", category="poli")
-    monkeypatch.setattr(datasets.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(datasets.elpv.util, "find_spec", lambda name: None)
     with pytest.raises(DatasetError, match=r'pip install "effad\[data\]"'):
         load_dataset("elpv", category="mono")
 

@@ -11,7 +11,6 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from effad_lib import distillation
 from effad_lib.distillation import (
     TEACHERS,
     DistillationSettings,
@@ -67,10 +66,10 @@ def settings(given, tmp_path):
     return settings
 
 
-def test_the_loss_falls_and_the_teacher_loads(settings, monkeypatch):
-    losses = {}
-    run = distil(settings(steps=41, held_out=2), on_step=losses.__setitem__)
-    assert losses[40] < losses[0]
+def test_the_loss_falls_and_the_teacher_loads(settings):
+    run = distil(settings(steps=41, held_out=2))
+    losses = run.metrics["losses"]
+    assert len(losses) == 5 and losses[-1] < losses[0]
     card = json.loads((run.folder / "teacher.json").read_text())
     assert card["network"] == "PDN-XS" and card["photographs"] == 6 and 0 < card["held_out_loss"] < 1.5
     assert card["settings"]["backbone_weights"] == "resnet18.safetensors", "no path of this machine in the card"
@@ -86,14 +85,14 @@ def test_resumed_distillation_equals_an_undisturbed_one_bit_for_bit(settings, mo
     class Stop(Exception):
         pass
 
-    saved = distillation.Run.save_checkpoint
+    saved = Run.save_checkpoint
 
     def save_and_stop(self, name, state):
         saved(self, name, state)
         raise Stop
 
     stopping = settings("stopped", checkpoint_seconds=0.0)
-    monkeypatch.setattr(distillation.Run, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(Run, "save_checkpoint", save_and_stop)
     for step in range(1, 4):
         with pytest.raises(Stop):
             distil(stopping)
@@ -102,6 +101,7 @@ def test_resumed_distillation_equals_an_undisturbed_one_bit_for_bit(settings, mo
     resumed = distil(stopping)
     one, other = (load_file(run.folder / "teacher.safetensors") for run in (whole, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
+    assert whole.metrics["losses"] == resumed.metrics["losses"]
 
 
 def test_channel_statistics_are_exact_far_from_zero():
@@ -193,3 +193,19 @@ def test_shipped_teachers_are_whole_and_were_trained(path):
     assert card["held_out_loss"] < 0.9 and card["settings"]["backbone"] and card["command"].startswith("effad distill")
     features = teacher(torch.randn(1, 3, 64, 64))
     assert torch.isfinite(features).all() and path.stat().st_size < 25e6
+
+
+@pytest.mark.parametrize("path", sorted(TEACHERS.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_shipped_teachers_answer_where_something_is(path):
+    """Half a cell beside it is the classic silent fault of a distillation."""
+    teacher, _ = load_teacher(path)
+    corners = [(40, 76), (76, 40), (52, 63), (63, 52)]  # of squares of 8×8 pixels, symmetric about the image's centre
+    images = torch.zeros(len(corners) + 1, 3, 128, 128)
+    for image, (top, left) in zip(images, corners, strict=False):
+        image[:, top : top + 8, left : left + 8] = 1.5
+    features = teacher(images)
+    change = (features[:-1] - features[-1]).square().sum(1)
+    cells = 16 + 4 * torch.arange(24.0)  # the pixels that the cells of the unpadded teacher are centred on
+    found = torch.stack([(change.sum(dim) * cells).sum(1) / change.sum((1, 2)) for dim in (2, 1)], dim=1)
+    away = (found - (torch.tensor(corners) + 3.5)).mean(0)
+    assert away.abs().max() < 1.3, f"on average {away} pixels off; half a cell is 2"

@@ -56,7 +56,7 @@ def start(tmp_path, stripes, teacher):
     """Train with small settings in a named run folder; keyword arguments change the settings."""
     split = load_dataset("folder", root=stripes)
 
-    def start(name: str, *, on_validation=None, **changes) -> tuple[EfficientAD, Run]:
+    def start(name: str, **changes) -> tuple[EfficientAD, Run]:
         values = {"steps": 12, "validate_every": 4, "checkpoint_every": 4, "learning_rate": 1e-3, **changes}
         settings = TrainingSettings(
             run_folder=str(tmp_path / name),
@@ -67,7 +67,7 @@ def start(tmp_path, stripes, teacher):
             penalty_crop_scale=[0.1, 0.5],
             **values,
         )
-        return train(settings, split, on_validation=on_validation), Run(tmp_path / name)
+        return train(settings, split), Run(tmp_path / name)
 
     return start
 
@@ -100,15 +100,19 @@ def test_trained_detector_finds_what_is_not_a_stripe(start):
         assert detector(bad).score.min() > detector(good).score.max()
 
 
-def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(start):
+def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(start, monkeypatch):
     whole, _ = start("whole")
+    train_step = training.Trainer.train_step
 
-    def interrupt(row):
-        if row["step"] == 8:
+    def step_and_interrupt(self):
+        if self.step == 7:
             os.kill(os.getpid(), signal.SIGINT)
+        return train_step(self)
 
+    monkeypatch.setattr(training.Trainer, "train_step", step_and_interrupt)
     with pytest.raises(KeyboardInterrupt, match="step 8"):
-        start("stopped", on_validation=interrupt)
+        start("stopped")
+    monkeypatch.undo()
     resumed, run = start("stopped")
     assert weights_equal(whole, resumed) and whole.threshold == resumed.threshold
     assert [row["step"] for row in run.load_checkpoint("last")["history"]] == [4, 8, 12]

@@ -1,12 +1,10 @@
-"""Teacher → student and autoencoder: settings, step, schedule and loop (Algorithm 1)."""
+"""The loop of a training: steps, validation, checkpoints, TensorBoard, resume."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,169 +12,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from effad_lib import losses
-from effad_lib.calibration import calibrate
-from effad_lib.datasets import Split
 from effad_lib.detector import EfficientAD
-from effad_lib.distillation import channel_statistics, learning_rate_factor, load_teacher
-from effad_lib.images import NaturalImages, augment_colour, check_size, load_images, to_float
-from effad_lib.networks import check_network, initialise
-from effad_lib.runs import Run, RunError, finish_step_on_interrupt, resolve, write_text
-from effad_lib.settings import PRECISIONS, Settings, SettingsError, pick_device
+from effad_lib.distillation import channel_statistics
+from effad_lib.images import NaturalImages, augment_colour, to_float
+from effad_lib.networks import initialise
+from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
+from effad_lib.settings import PRECISIONS
+from effad_lib.training.settings import TrainingSettings
+from effad_lib.training.step import Losses, step_factor, training_losses
 
 KEPT_CHECKPOINTS = 3
 VALIDATION_IMAGES = 64
 """So many held-out images at most enter the validation loss; all of them enter the calibration."""
-
-
-@dataclass(frozen=True)
-class TrainingSettings(Settings):
-    """Settings of a training; the defaults are the paper's (Algorithm 1), on the first synthetic product."""
-
-    run_folder: str = "runs/training"
-    dataset: str = "synthetic"  # mvtec_ad, folder, elpv, synthetic, or one registered by the user
-    category: str = ""  # which category, product or kind of cell; "" takes the data set's default
-    data_root: str = ""  # folder of the data set; "" takes the default under data/
-    size: str = "S"  # S or M (paper), XS (for CPUs)
-    teacher: str = ""  # a .safetensors file of `effad distill`; "" takes the shipped one of this size
-    padding: bool = False  # the paper's headline figures use the unpadded networks
-    image_size: list[int] = (256, 256)  # height and width in pixels
-    steps: int = 70_000
-    batch_size: int = 1
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-5
-    schedule: str = "step"  # ×0.1 after 95 % of the steps (paper), or "cosine" with 5 % warm-up
-    initialisation: str = "default"  # torch's, or "scaled": layers of unit variance, for short schedules
-    hard_quantile: float = 0.999  # share of the student–teacher differences that is left out of the loss
-    weight_hard: float = 1.0
-    weight_penalty: float = 1.0
-    weight_autoencoder: float = 1.0
-    weight_student_autoencoder: float = 1.0
-    penalty_images: str = ""  # folder of natural images; "" takes the photographs inside installed packages
-    penalty_crop_scale: list[float] = ()  # [] as in the paper; [low, high] random crops of this share of the area
-    validation_share: float = 0.1  # of the training images, held out for calibration and checkpoints
-    validate_every: int = 1000  # steps between validation losses
-    patience: int = 0  # stop after so many validations without a better loss; 0 never does
-    checkpoint: str = "last"  # which weights become the model: "last" (paper) or "best" validation loss
-    checkpoint_every: int = 1000  # steps between checkpoints
-    cache_gb: float = 2.0  # room for the teacher's output on the training images, computed once if it fits
-    ablation_steps: int = 0  # steps of a second training without the penalty that notebook 03 compares with; 0 skips it
-    seed: int = 0
-    precision: str = "float32"
-    device: str = "auto"
-
-    def check(self) -> None:
-        check_network(self.size)
-        check_size(self.image_size)
-        for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
-            self.require(getattr(self, name) >= 1, name, "a whole number of at least 1")
-        self.require(0 < self.learning_rate < 1, "learning_rate", "a number between 0 and 1")
-        self.require(self.schedule in ("step", "cosine", "constant"), "schedule", "'step', 'cosine' or 'constant'")
-        self.require(self.initialisation in ("default", "scaled"), "initialisation", "'default' or 'scaled'")
-        self.require(0 <= self.hard_quantile < 1, "hard_quantile", "a share in [0, 1)")
-        for name in ("weight_hard", "weight_penalty", "weight_autoencoder", "weight_student_autoencoder"):
-            self.require(0 <= getattr(self, name) < math.inf, name, "a weight of zero or more")
-        crop = self.penalty_crop_scale
-        sound = not crop or (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1)
-        self.require(sound, "penalty_crop_scale", "[] or two shares of the area, 0 < low <= high <= 1")
-        self.require(0 < self.validation_share < 1, "validation_share", "a share between 0 and 1")
-        self.require(self.ablation_steps >= 0, "ablation_steps", "zero or a number of steps")
-        self.require(self.patience >= 0, "patience", "zero or a number of validations")
-        self.require(self.checkpoint in ("last", "best"), "checkpoint", "'last' or 'best'")
-        self.require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
-        pick_device(self.device)
-
-
-class Losses(NamedTuple):
-    """The four terms of one step, each a scalar tensor."""
-
-    hard: Tensor
-    penalty: Tensor
-    autoencoder: Tensor
-    student_autoencoder: Tensor
-
-
-def training_losses(
-    detector: EfficientAD,
-    images: Tensor,
-    augmented: Tensor,
-    natural: Tensor,
-    *,
-    hard_quantile: float = 0.999,
-    teacher_features: Tensor | None = None,
-) -> Losses:
-    """Return the four loss terms of one step of Algorithm 1.
-
-    `images`, `augmented` and `natural` [N, 3, H, W] in [0, 1]; `teacher_features` is T̂(images) [N, C, h, w] where it is
-    known already. The three student passes run as one batch, each through the half of the last layer that it needs.
-    """
-    with torch.no_grad():
-        normalised, changed = detector.normalise(images), detector.normalise(augmented)
-        if teacher_features is None:
-            both = detector.teacher_features(torch.cat([normalised, changed]))
-            teacher_features, teacher_changed = both.split([len(images), len(augmented)])
-        else:
-            teacher_changed = detector.teacher_features(changed)
-    student_images, student_natural, student_changed = detector.student.halves(
-        torch.cat([normalised, detector.normalise(natural), changed]),
-        [(len(images), False), (len(natural), False), (len(augmented), True)],
-    )
-    rebuilt = detector.autoencoder(changed)
-    return Losses(
-        losses.hard_feature_loss(teacher_features, student_images, hard_quantile),
-        losses.penalty_loss(student_natural),
-        losses.autoencoder_loss(teacher_changed, rebuilt),
-        losses.student_autoencoder_loss(rebuilt, student_changed),
-    )
-
-
-def train(
-    settings: TrainingSettings, split: Split, *, on_validation: Callable[[dict[str, float]], None] | None = None
-) -> EfficientAD:
-    """Train a detector on the normal images of `split` in `settings.run_folder`, or continue there.
-
-    Writes `parameters.yaml`, checkpoints (last, best, the three best by validation loss), TensorBoard scalars and maps,
-    `history.csv` and at the end `model.safetensors`. A finished training is loaded. A resumed one ends with the same
-    weights as an undisturbed one, bit for bit on the CPU. Raises `SettingsError`, `ImageError`, `DatasetError` or
-    `RunError` before long work starts.
-    """
-    device = pick_device(settings.device)
-    run = Run(settings.run_folder)
-    teacher, teacher_card = load_teacher(settings.teacher or settings.size, padding=settings.padding)
-    if teacher.size != settings.size:
-        raise SettingsError(
-            f"teacher {settings.teacher}: of size {teacher.size}, the training of size {settings.size}."
-        )
-    run.start(settings, may_change=("run_folder", "device", "data_root", "penalty_images", "teacher"))
-    if run.model.is_file():
-        return EfficientAD.load(run.model, device)
-    natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
-    size = tuple(settings.image_size)
-    torch.manual_seed(settings.seed)
-    detector = EfficientAD(settings.size, teacher.out_channels, settings.padding, size)
-    detector.teacher.load_state_dict(teacher.state_dict())
-    trainer = Trainer(
-        settings,
-        run,
-        detector.to(device),
-        load_images([sample.image for sample in split.train], size, description="reading training images"),
-        load_images([sample.image for sample in split.validation], size, description="reading validation images"),
-        natural,
-    )
-    trainer.loop(on_validation)
-    detector.card = {
-        "data": split.name,
-        "training_images": len(split.train),
-        "validation_images": len(split.validation),
-        "teacher": {name: teacher_card.get(name) for name in ("network", "sha256")},
-        "natural_images": len(natural) - len(natural.skipped),
-        "steps": trainer.step,
-        "seconds": round(trainer.seconds, 1),
-        "settings": settings.as_dict() | {"run_folder": run.folder.name, "data_root": "", "penalty_images": ""},
-        "torch": torch.__version__,
-    }
-    calibrate(detector, trainer.validation)
-    detector.save(run.model)
-    return detector.eval()
 
 
 class Trainer:
@@ -239,7 +86,7 @@ class Trainer:
             cache[start : start + 8] = self.detector.teacher_features(self.detector.normalise(batch))
         return cache
 
-    def loop(self, on_validation: Callable[[dict[str, float]], None] | None = None) -> None:
+    def loop(self) -> None:
         """Train from the current step to the last one, validating, logging and saving on the way."""
         from torch.utils.tensorboard import SummaryWriter
 
@@ -259,10 +106,7 @@ class Trainer:
                 validated = self.step % settings.validate_every == 0 or last
                 self.seconds = time.monotonic() - began
                 if validated:
-                    row = self._record(terms)
-                    self._write_board(board, row)
-                    if on_validation:
-                        on_validation(row)
+                    self._write_board(board, self._record(terms))
                 stop = settings.patience and self.stale >= settings.patience
                 if validated or interrupted() or self.step % settings.checkpoint_every == 0:
                     self.run.save_checkpoint("last", self.state())
@@ -424,10 +268,3 @@ class Trainer:
         torch.set_rng_state(state["random"])
         if state["random_cuda"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["random_cuda"])
-
-
-def step_factor(step: int, steps: int, schedule: str) -> float:
-    """Return the factor on the learning rate at `step`: the paper's ×0.1 after 95 %, or as in distillation."""
-    if schedule == "step":
-        return 0.1 if step >= 0.95 * steps else 1.0
-    return learning_rate_factor(step, steps, schedule)

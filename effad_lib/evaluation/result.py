@@ -1,43 +1,24 @@
-"""A detector on a test split: scores and maps of every image, metrics, tables, the worst mistakes."""
+"""What an evaluation found: metrics, tables, files, the worst mistakes."""
 
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from effad_lib import metrics
-from effad_lib.datasets import Sample, Split, load_dataset
-from effad_lib.detector import AnomalyMaps, EfficientAD
-from effad_lib.images import ImageError, Size, load_images, read_image, read_mask, to_float
-from effad_lib.runs import PROJECT, Run, RunError, resolve, write_bytes, write_text
-from effad_lib.settings import Settings, pick_device
+from effad_lib.datasets import Sample
+from effad_lib.detector import AnomalyMaps
+from effad_lib.images import Size, read_mask
+from effad_lib.runs import PROJECT, write_bytes, write_text
 
 MAP_NAMES = ("combined", "student_teacher", "student_autoencoder")
-
-
-@dataclass(frozen=True)
-class EvaluationSettings(Settings):
-    """Settings of an evaluation."""
-
-    run_folder: str = "runs/training"  # the folder of a finished training; the results go there too
-    least_image_auroc: float = 0.0  # notebook 04 fails below this image AU-ROC; 0 accepts all
-    device: str = "auto"
-
-    def check(self) -> None:
-        self.require(0 <= self.least_image_auroc <= 1, "least_image_auroc", "an area between 0 and 1")
-        pick_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -195,102 +176,6 @@ class Evaluation:
         return metric(_OnRequest(self.heat, indices), _OnRequest(self.mask, indices))
 
 
-def evaluate(detector: EfficientAD, samples: Sequence[Sample], *, batch_size: int = 8) -> Evaluation:
-    """Run a detector over samples and keep scores and maps, 12 bytes a pixel of the detector's input size.
-
-    Images that cannot be read are left out, with one warning that names them. Raises `ValueError` if none
-    remains or if a map is not finite (naming the image), and, before the first image is scored, `ImageError`
-    for a mask that cannot be read or does not fit its image.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    images, kept, sizes, skipped = _read(samples, detector.image_size)
-    device = next(detector.parameters()).device
-    scores = np.empty(len(kept))
-    maps = AnomalyMaps(**{n: np.empty((len(kept), *detector.image_size), np.float32) for n in MAP_NAMES})
-    was_training = detector.training
-    detector.eval()
-    try:
-        with torch.inference_mode():
-            for start in tqdm(range(0, len(kept), batch_size), desc="evaluating", unit="batch", leave=False):
-                batch = slice(start, start + batch_size)
-                found = detector(to_float(images[batch].to(device)))
-                scores[batch] = found.score.cpu().numpy()
-                for name in MAP_NAMES:
-                    getattr(maps, name)[batch] = getattr(found, name)[:, 0].cpu().numpy()
-                _check_finite(maps, scores, kept, batch)
-    finally:
-        detector.train(was_training)
-    labels = np.array([sample.label for sample in kept])
-    threshold = getattr(detector, "threshold", None)
-    return Evaluation(tuple(kept), scores, labels, maps, tuple(sizes), threshold, tuple(skipped))
-
-
-def evaluate_run(run_folder: str | Path, device: str = "auto") -> tuple[EfficientAD, Split, Evaluation]:
-    """Evaluate the model of a finished training on the test images of its own data set.
-
-    The data set is found again by the run's `parameters.yaml`. Nothing is written, see `finish_run`. Raises `RunError`
-    for a folder without a finished training and for a data set without test images.
-    """
-    run = Run(run_folder)
-    parameters = run.folder / "parameters.yaml"
-    if not parameters.is_file() or not run.model.is_file():
-        raise RunError(f"{run.folder} is not the folder of a finished training. Train one with `effad train`.")
-    made = yaml.safe_load(parameters.read_text(encoding="utf-8"))
-    split = load_dataset(
-        made["dataset"],
-        root=made["data_root"],
-        category=made["category"],
-        seed=made["seed"],
-        validation_share=made["validation_share"],
-    )
-    if not split.test:
-        raise RunError(f"{split.name} has no test images. Add test/good and test/<defect>, or use `effad detect`.")
-    detector = EfficientAD.load(run.model, pick_device(device))
-    return detector, split, evaluate(detector, split.test)
-
-
-def finish_run(run_folder: str | Path, detector: EfficientAD, found: Evaluation) -> dict[str, Any]:
-    """Write `scores.csv`, the maps and, last, `metrics.json` into a run; return what the latter holds.
-
-    Keys: data, the metrics, and of the training its seconds, its steps and the size of the networks.
-    """
-    found.save(resolve(run_folder))
-    card = {name: detector.card.get(name) for name in ("data", "seconds", "steps", "size")}
-    result = {"data": card.pop("data"), **found.metrics(), **card}
-    Run(run_folder).finish(result)
-    return result
-
-
-def brightness_scores(samples: Sequence[Sample], normal: Sequence[Sample], size: Size = (64, 64)) -> np.ndarray:
-    """Score images by brightness alone, float [N]: how many deviations their mean grey is off that of `normal` images.
-
-    A detector that learns nothing, to compare with: where it does well, the light gives the defects away.
-    """
-    brightness, usual = (
-        load_images([sample.image for sample in some], size, description="measuring brightness")
-        .float()
-        .mean(dim=(1, 2, 3))
-        .numpy()
-        for some in (samples, normal)
-    )
-    return np.abs(brightness - usual.mean()) / max(usual.std(), 1e-6)
-
-
-def blind_scores(detector: EfficientAD, samples: Sequence[Sample], *, batch_size: int = 8) -> np.ndarray:
-    """Score images as if the student always answered with the teacher's mean, float [N], the map's largest value.
-
-    A second detector that has learned nothing: where it does as well as ours, the teacher alone finds the defects.
-    """
-    images = load_images([sample.image for sample in samples], detector.image_size)
-    scores = []
-    with torch.inference_mode():
-        for batch in tqdm(images.split(batch_size), desc="teacher alone", leave=False):
-            features = detector.teacher_features(detector.normalise(to_float(batch.to(detector.device))))
-            scores.append(features.square().mean(dim=1).amax(dim=(1, 2)).cpu())
-    return torch.cat(scores).numpy()
-
-
 def worst_mistakes(
     scores: np.ndarray, labels: np.ndarray, threshold: float, count: int = 4
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -323,50 +208,6 @@ class _OnRequest(Sequence):
 
     def __getitem__(self, position: int) -> np.ndarray:
         return self._compute(int(self._indices[position]))
-
-
-def _read(samples: Sequence[Sample], size: Size) -> tuple[torch.Tensor, list[Sample], list[Size], list[str]]:
-    """Read images at the detector's size and check the masks, all of it before the long work starts."""
-
-    def read(sample: Sample) -> tuple[np.ndarray, Size] | ImageError:
-        try:
-            original = read_image(sample.image).shape[1:]
-            image = read_image(sample.image, size)
-        except ImageError as error:
-            return error
-        if sample.mask is not None:
-            read_mask(sample.mask, original)
-        return image, original
-
-    images = torch.empty((len(samples), 3, *size), dtype=torch.uint8)
-    kept, sizes, skipped = [], [], []
-    with ThreadPoolExecutor() as pool:
-        progress = tqdm(pool.map(read, samples), total=len(samples), desc="reading images", leave=False)
-        for sample, result in zip(samples, progress, strict=True):
-            if isinstance(result, ImageError):
-                skipped.append(str(result))
-                continue
-            images[len(kept)] = torch.from_numpy(result[0])
-            kept.append(sample)
-            sizes.append(result[1])
-    if not kept:
-        reason = f"none of {len(samples)} can be read; the first one: {skipped[0]}" if skipped else "no samples given"
-        raise ValueError(f"nothing to evaluate: {reason}")
-    if skipped:
-        warnings.warn(f"{len(skipped)} images skipped: " + " | ".join(skipped), stacklevel=3)
-    return images[: len(kept)], kept, sizes, skipped
-
-
-def _check_finite(maps: AnomalyMaps, scores: np.ndarray, samples: Sequence[Sample], batch: slice) -> None:
-    for index in range(*batch.indices(len(samples))):
-        for name in MAP_NAMES:
-            if not np.isfinite(getattr(maps, name)[index]).all():
-                raise ValueError(
-                    f"{samples[index].image}: its {name} map holds NaN or infinite values. The detector is "
-                    f"broken: its training diverged or it was never calibrated."
-                )
-        if not np.isfinite(scores[index]):
-            raise ValueError(f"{samples[index].image}: its score is {scores[index]}. The detector is broken.")
 
 
 def _map_file(folder: Path, index: int) -> Path:

@@ -1,0 +1,109 @@
+"""Data sets as values: MVTec AD, any folder of good images, ELPV, synthetic products, your own function."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from effad_lib.datasets import elpv, synthetic  # noqa: F401  (each registers its data sets)
+from effad_lib.datasets.folders import MVTEC_AD
+from effad_lib.datasets.split import FEWEST_VALIDATION, LOADERS, DatasetError, Sample, Samples, Split, listed, register
+from effad_lib.images import ImageError, read_image, read_mask
+from effad_lib.runs import resolve
+from effad_lib.settings import nearest
+
+__all__ = [
+    "MVTEC_AD",
+    "DatasetError",
+    "Sample",
+    "Samples",
+    "Split",
+    "dataset_names",
+    "load_dataset",
+    "register",
+    "verify",
+]
+
+FEWEST_TRAIN = 10
+
+
+def dataset_names() -> list[str]:
+    """Return the names that `load_dataset` takes."""
+    return sorted(LOADERS)
+
+
+def load_dataset(
+    dataset: str, *, root: str | Path = "", category: str = "", seed: int = 0, validation_share: float = 0.1
+) -> Split:
+    """Find the images of a data set and split them; no image is decoded (see `verify`).
+
+    - "mvtec_ad": `root` holds the category folders (default `data/mvtec_ad`); `category` is one of them.
+    - "folder": `root` is any folder of good images, see `load_folder`.
+    - "elpv": solar cells from the PyPI package `elpv-dataset`; `category` is "mono" (default), "poly" or "all".
+    - "synthetic": `category` is a product (default "board"); rendered into `root` (default `data/synthetic`) if absent.
+    - the name of a function of your own, see `register`.
+
+    `validation_share` of the good training images, at least three, is drawn by `seed` and held out for
+    calibration, unless there is a folder `validation/good`; test images never are. Relative roots are taken
+    from the project's folder. Raises `DatasetError` for unknown names, missing folders and masks, or fewer
+    than ten images left to train on.
+    """
+    if dataset not in LOADERS:
+        raise DatasetError(f"unknown data set {dataset!r}: {nearest(dataset, LOADERS)}")
+    if not 0 < validation_share < 1:
+        raise DatasetError(f"validation_share = {validation_share!r}: takes a share above 0 and below 1.")
+    if seed < 0:
+        raise DatasetError(f"seed = {seed!r}: takes a whole number from 0.")
+    split = LOADERS[dataset](resolve(root) if str(root) else None, category, seed, validation_share)
+    _check(split, dataset)
+    return split
+
+
+def verify(split: Split) -> None:
+    """Decode every image and mask of a split once, before long work starts.
+
+    Raises one `DatasetError` that lists the first few faults: unreadable, 16-bit or CMYK images, masks of
+    another size than their image, and masks of defective images in which nothing is marked.
+    """
+    samples = [*split.train, *split.validation, *split.test]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        progress = tqdm(pool.map(_fault, samples), total=len(samples), desc="checking images", leave=False)
+        faults = [fault for fault in progress if fault]
+    if faults:
+        raise DatasetError(f"{split.name}: {len(faults)} of {len(samples)} samples are faulty.{listed(faults)}")
+
+
+def _fault(sample: Sample) -> str | None:
+    try:
+        shape = read_image(sample.image).shape[1:]
+        if sample.mask and not read_mask(sample.mask, shape).any() and sample.label:
+            return f"{sample.mask}: an empty mask, no value reaches 128. Save 0 for good, 255 for defective."
+    except ImageError as error:
+        return str(error)
+
+
+def _check(split: Split, dataset: str) -> None:
+    """Raise unless a loader's result is a split that one can train on without leakage."""
+    if not isinstance(split, Split):
+        got = type(split).__name__
+        raise DatasetError(f"the function registered as {dataset!r} must return a Split, it returned {got}.")
+    for sample in chain(split.train, split.validation, split.test):
+        if not isinstance(sample, Sample) or sample.label not in (0, 1):
+            raise DatasetError(f"{split.name}: {sample!r} is not a Sample with label 0 or 1.")
+    owner: dict[Path, str] = {}
+    for part, samples in (("train", split.train), ("validation", split.validation), ("test", split.test)):
+        for sample in samples:
+            if sample.label and part != "test":
+                raise DatasetError(f"{split.name}: {sample.image} is defective, so it cannot be in {part}.")
+            if owner.setdefault(sample.image, part) != part:
+                raise DatasetError(f"{split.name}: {sample.image} is in {owner[sample.image]} and in {part}.")
+    if len(split.train) < FEWEST_TRAIN or not split.validation:
+        raise DatasetError(
+            f"{split.name}: {len(split.train)} good images to train on ({FEWEST_TRAIN} are needed) and "
+            f"{len(split.validation)} held out for validation (1 is needed). Add good images"
+            f"{', or lower validation_share' if len(split.validation) > FEWEST_VALIDATION else ''}."
+        )

@@ -1,0 +1,94 @@
+"""A data set as a value: samples, their split, and the register of functions that make one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FEWEST_VALIDATION = 3
+
+
+class DatasetError(ValueError):
+    """A data set that cannot be found or used; the message names it, what was found and the remedy."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with what is known of it.
+
+    `mask` is None when the image is good or no mask is known; `label` is 0 for good, 1 for defective;
+    `defect` is the name of its defect class, "good" for good ones.
+    """
+
+    image: Path
+    mask: Path | None
+    label: int
+    defect: str
+
+
+Samples = tuple[Sample, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Split:
+    """A data set: good images to train on, good ones held out for calibration, and the test images."""
+
+    name: str
+    train: Samples
+    validation: Samples
+    test: Samples
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether there are defective test images and each has its mask."""
+        defective = [sample for sample in self.test if sample.label]
+        return bool(defective) and all(sample.mask for sample in defective)
+
+    def __repr__(self) -> str:
+        bad = sum(sample.label for sample in self.test)
+        return (
+            f"Split({self.name!r}: {len(self.train)} train, {len(self.validation)} validation, "
+            f"{len(self.test)} test: {len(self.test) - bad} good and {bad} defective, "
+            f"{'with' if self.has_masks else 'no'} masks)"
+        )
+
+
+Loader = Callable[[Path | None, str, int, float], Split]
+
+LOADERS: dict[str, Loader] = {}
+"""What `load_dataset` knows, by name; filled by `register`."""
+
+
+def register(name: str) -> Callable[[Loader], Loader]:
+    """Make `load_dataset` know a function `(root, category, seed, validation_share) -> Split` by this name.
+
+    The function gets `root` as an absolute `Path`, or None when none was given. A name that is taken raises
+    `DatasetError`; only the same function, defined anew by running its cell again, replaces itself.
+    """
+
+    def add(loader: Loader) -> Loader:
+        old = LOADERS.get(name)
+        if old and (old.__module__, old.__qualname__) != (loader.__module__, loader.__qualname__):
+            owner = f"{old.__module__}.{old.__qualname__}"
+            raise DatasetError(f"the data set name {name!r} is taken by {owner}: choose another name.")
+        LOADERS[name] = loader
+        return loader
+
+    return add
+
+
+def hold_out(good: Sequence[Sample], seed: int, share: float) -> tuple[Samples, Samples]:
+    """Return (train, validation), both in the order of `good`; at least three are held out."""
+    count = max(FEWEST_VALIDATION, round(share * len(good)))
+    held = set(np.random.default_rng(seed).permutation(len(good))[:count].tolist())
+    train = tuple(sample for index, sample in enumerate(good) if index not in held)
+    return train, tuple(good[index] for index in sorted(held))
+
+
+def listed(items: Sequence[object], most: int = 5) -> str:
+    """Return the first few items, a line each, and how many more there are."""
+    more = [f"... and {len(items) - most} more"] if len(items) > most else []
+    return "".join(f"\n    {item}" for item in [*items[:most], *more])

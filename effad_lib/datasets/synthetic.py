@@ -1,0 +1,24 @@
+"""Rendered products."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from effad_lib.datasets.folders import read_layout
+from effad_lib.datasets.split import DatasetError, Split, register
+from effad_lib.runs import resolve
+from effad_lib.settings import nearest
+
+
+@register("synthetic")
+def load_synthetic(root: Path | None, category: str, seed: int, validation_share: float) -> Split:
+    """Read a synthetic product in MVTec layout, rendered first if its folder has no `manifest.json` yet."""
+    from effad_lib import synthesis  # only this data set needs its drawing libraries
+
+    category = category or synthesis.DEFAULT_PRODUCT
+    if category not in synthesis.product_names():
+        raise DatasetError(f"unknown product {category!r}: {nearest(category, synthesis.product_names())}")
+    folder = (root or resolve("data/synthetic")) / category
+    if not (folder / "manifest.json").is_file():
+        synthesis.write_dataset(category, folder)
+    return read_layout(folder, f"synthetic/{category}", seed, validation_share)

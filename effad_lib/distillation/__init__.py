@@ -1,0 +1,18 @@
+"""Backbone → teacher: a patch description network learns to imitate a pretrained network's features (Algorithm 3)."""
+
+from effad_lib.distillation.loop import distil, learning_rate_factor
+from effad_lib.distillation.settings import DistillationSettings
+from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation
+from effad_lib.distillation.teachers import TEACHERS, load_teacher, save_teacher
+
+__all__ = [
+    "TEACHERS",
+    "DistillationSettings",
+    "Views",
+    "channel_statistics",
+    "distil",
+    "fit_initialisation",
+    "learning_rate_factor",
+    "load_teacher",
+    "save_teacher",
+]

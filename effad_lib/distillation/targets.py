@@ -1,0 +1,97 @@
+"""What the teacher imitates: views of photographs, the backbone's features on them, their statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effad_lib.backbones import Backbone
+from effad_lib.distillation.settings import DistillationSettings
+from effad_lib.images import NaturalImages
+from effad_lib.networks import PDN, Normalise, feature_size, initialise
+from effad_lib.settings import SettingsError
+
+
+class Views:
+    """What a distillation looks at: random views of photographs, each for the PDN and, twice the size, the backbone."""
+
+    def __init__(self, settings: DistillationSettings, natural: NaturalImages, backbone: Backbone) -> None:
+        self.settings, self.natural, self.backbone = settings, natural, backbone
+
+    def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the `pair` of `count` random views."""
+        height, width = self.settings.image_size
+        large = self.natural.sample(
+            count,
+            (2 * height, 2 * width),
+            generator,
+            grayscale=self.settings.grayscale,
+            zoom=1.0,
+            crop_scale=tuple(self.settings.crop_scale) or None,
+        )
+        return self.pair(large.to(device))
+
+    def pair(self, large: Tensor) -> tuple[Tensor, Tensor]:
+        """Return normalised PDN images [N, 3, H, W] and raw backbone features on the PDN's own cells [N, C, h, w].
+
+        `large` [N, 3, 2H, 2W] in [0, 1] is what the backbone sees, on its device.
+        """
+        small = F.interpolate(large, size=tuple(self.settings.image_size), mode="bilinear", antialias=True)
+        features = self.backbone(large)
+        if not self.settings.padding:
+            # The unpadded PDN has no cells in a border of four: there its field would leave the image.
+            rows, columns = feature_size(self.settings.image_size, padding=False)
+            features = features[..., 4 : 4 + rows, 4 : 4 + columns]
+        return Normalise().to(large.device)(small), features
+
+
+def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation [1, C, 1, 1] over feature batches [N, C, h, w], each seen once.
+
+    Batches are merged by their means and squared deviations in float64 (Chan et al.), so nothing cancels as it would in
+    E[x²] − E[x]². A channel that never varies gets deviation 1.
+    """
+    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    for batch in batches:
+        values = batch.transpose(0, 1).flatten(1)
+        values = (values.cpu() if values.device.type == "mps" else values).double()  # MPS has no float64
+        new_mean = values.mean(dim=1)
+        new_squares = (values - new_mean[:, None]).square().sum(dim=1)
+        new = values.shape[1]
+        delta = new_mean - mean
+        total = count + new
+        mean = mean + delta * (new / total)
+        squares = squares + new_squares + delta.square() * (count * new / total)
+        count = total
+    if not count:
+        raise SettingsError("no images to take channel statistics from.")
+    deviation = (squares / count).sqrt()
+    deviation = torch.where(deviation > 1e-6 * mean.abs().clamp(min=1e-6), deviation, torch.ones_like(deviation))
+    return mean.float().view(1, -1, 1, 1), deviation.float().view(1, -1, 1, 1)
+
+
+@torch.no_grad()
+def fit_initialisation(pdn: PDN, images: Tensor, targets: Tensor, ridge: float = 1e-2) -> None:
+    """Start the PDN close: scaled He weights, then the last layer by ridge regression on `targets`.
+
+    `images` normalised [N, 3, H, W], `targets` standardised [N, C, h, w]. Ours, for short schedules.
+    """
+    features = initialise(pdn, images)
+    if pdn.padding:
+        raise SettingsError("initialisation = 'fitted' needs padding = False: it regresses on cells with a full field.")
+    kernel, channels = pdn.head.kernel_size[0], features.shape[1]
+    wide = channels * kernel * kernel
+    gram = torch.zeros(wide + 1, wide + 1, dtype=torch.float64)
+    cross = torch.zeros(wide + 1, targets.shape[1], dtype=torch.float64)
+    for one, target in zip(features, targets, strict=True):
+        rows = F.unfold(one[None], kernel)[0].T.double().cpu()
+        rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
+        gram += rows.T @ rows
+        cross += rows.T @ target.flatten(1).T.double().cpu()
+    gram.diagonal()[:-1].add_(ridge * gram.diagonal()[:-1].mean())
+    solution = torch.linalg.solve(gram, cross).to(pdn.head.weight)
+    pdn.head.weight.copy_(solution[:-1].T.reshape(pdn.head.weight.shape))
+    pdn.head.bias.copy_(solution[-1])

@@ -1,0 +1,80 @@
+"""A detector on a test split: scores and maps of every image, metrics, tables, the worst mistakes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from effad_lib.datasets import Split, load_dataset
+from effad_lib.detector import EfficientAD
+from effad_lib.evaluation.baselines import blind_scores, brightness_scores
+from effad_lib.evaluation.result import MAP_NAMES, Evaluation, load_maps, worst_mistakes
+from effad_lib.evaluation.scoring import EvaluationError, evaluate
+from effad_lib.runs import Run, RunError, resolve
+from effad_lib.settings import Settings, pick_device
+
+__all__ = [
+    "MAP_NAMES",
+    "Evaluation",
+    "EvaluationError",
+    "EvaluationSettings",
+    "blind_scores",
+    "brightness_scores",
+    "evaluate",
+    "evaluate_run",
+    "finish_run",
+    "load_maps",
+    "worst_mistakes",
+]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(Settings):
+    """Settings of an evaluation."""
+
+    run_folder: str = "runs/training"  # the folder of a finished training; the results go there too
+    least_image_auroc: float = 0.0  # notebook 04 fails below this image AU-ROC; 0 accepts all
+    device: str = "auto"
+
+    def check(self) -> None:
+        self.require(0 <= self.least_image_auroc <= 1, "least_image_auroc", "an area between 0 and 1")
+        pick_device(self.device)
+
+
+def evaluate_run(run_folder: str | Path, device: str = "auto") -> tuple[EfficientAD, Split, Evaluation]:
+    """Evaluate the model of a finished training on the test images of its own data set.
+
+    The data set is found again by the run's `parameters.yaml`. Nothing is written, see `finish_run`. Raises `RunError`
+    for a folder without a finished training and for a data set without test images.
+    """
+    run = Run(run_folder)
+    parameters = run.folder / "parameters.yaml"
+    if not parameters.is_file() or not run.model.is_file():
+        raise RunError(f"{run.folder} is not the folder of a finished training. Train one with `effad train`.")
+    made = yaml.safe_load(parameters.read_text(encoding="utf-8"))
+    split = load_dataset(
+        made["dataset"],
+        root=made["data_root"],
+        category=made["category"],
+        seed=made["seed"],
+        validation_share=made["validation_share"],
+    )
+    if not split.test:
+        raise RunError(f"{split.name} has no test images. Add test/good and test/<defect>, or use `effad detect`.")
+    detector = EfficientAD.load(run.model, pick_device(device))
+    return detector, split, evaluate(detector, split.test)
+
+
+def finish_run(run_folder: str | Path, detector: EfficientAD, found: Evaluation) -> dict[str, Any]:
+    """Write `scores.csv`, the maps and, last, `metrics.json` into a run; return what the latter holds.
+
+    Keys: data, the metrics, and of the training its seconds, its steps and the size of the networks.
+    """
+    found.save(resolve(run_folder))
+    card = {name: detector.card.get(name) for name in ("data", "seconds", "steps", "size")}
+    result = {"data": card.pop("data"), **found.metrics(), **card}
+    Run(run_folder).finish(result)
+    return result

@@ -1,0 +1,42 @@
+"""Detectors that have learned nothing, to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from effad_lib.datasets import Sample
+from effad_lib.detector import EfficientAD
+from effad_lib.images import Size, load_images, to_float
+
+
+def brightness_scores(samples: Sequence[Sample], normal: Sequence[Sample], size: Size = (64, 64)) -> np.ndarray:
+    """Score images by brightness alone, float [N]: how many deviations their mean grey is off that of `normal` images.
+
+    A detector that learns nothing, to compare with: where it does well, the light gives the defects away.
+    """
+    brightness, usual = (
+        load_images([sample.image for sample in some], size, description="measuring brightness")
+        .float()
+        .mean(dim=(1, 2, 3))
+        .numpy()
+        for some in (samples, normal)
+    )
+    return np.abs(brightness - usual.mean()) / max(usual.std(), 1e-6)
+
+
+def blind_scores(detector: EfficientAD, samples: Sequence[Sample], *, batch_size: int = 8) -> np.ndarray:
+    """Score images as if the student always answered with the teacher's mean, float [N], the map's largest value.
+
+    A second detector that has learned nothing: where it does as well as ours, the teacher alone finds the defects.
+    """
+    images = load_images([sample.image for sample in samples], detector.image_size)
+    scores = []
+    with torch.inference_mode():
+        for batch in tqdm(images.split(batch_size), desc="teacher alone", leave=False):
+            features = detector.teacher_features(detector.normalise(to_float(batch.to(detector.device))))
+            scores.append(features.square().mean(dim=1).amax(dim=(1, 2)).cpu())
+    return torch.cat(scores).numpy()

@@ -1,0 +1,75 @@
+"""Teacher → student and autoencoder: settings, step, schedule and loop (Algorithm 1)."""
+
+from __future__ import annotations
+
+import torch
+
+from effad_lib.calibration import calibrate
+from effad_lib.datasets import Split
+from effad_lib.detector import EfficientAD
+from effad_lib.distillation import load_teacher
+from effad_lib.images import NaturalImages, load_images
+from effad_lib.runs import Run, resolve
+from effad_lib.settings import SettingsError, pick_device
+from effad_lib.training.settings import TrainingSettings
+from effad_lib.training.step import Losses, step_factor, training_losses
+from effad_lib.training.trainer import KEPT_CHECKPOINTS, VALIDATION_IMAGES, Trainer
+
+__all__ = [
+    "KEPT_CHECKPOINTS",
+    "VALIDATION_IMAGES",
+    "Losses",
+    "Trainer",
+    "TrainingSettings",
+    "step_factor",
+    "train",
+    "training_losses",
+]
+
+
+def train(settings: TrainingSettings, split: Split) -> EfficientAD:
+    """Train a detector on the normal images of `split` in `settings.run_folder`, or continue there.
+
+    Writes `parameters.yaml`, checkpoints (last, best, the three best by validation loss), TensorBoard scalars and maps,
+    `history.csv` and at the end `model.safetensors`. A finished training is loaded. A resumed one ends with the same
+    weights as an undisturbed one, bit for bit on the CPU. Raises `SettingsError`, `ImageError`, `DatasetError` or
+    `RunError` before long work starts.
+    """
+    device = pick_device(settings.device)
+    run = Run(settings.run_folder)
+    teacher, teacher_card = load_teacher(settings.teacher or settings.size, padding=settings.padding)
+    if teacher.size != settings.size:
+        raise SettingsError(
+            f"teacher {settings.teacher}: of size {teacher.size}, the training of size {settings.size}."
+        )
+    run.start(settings, may_change=("run_folder", "device", "data_root", "penalty_images", "teacher"))
+    if run.model.is_file():
+        return EfficientAD.load(run.model, device)
+    natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
+    size = tuple(settings.image_size)
+    torch.manual_seed(settings.seed)
+    detector = EfficientAD(settings.size, teacher.out_channels, settings.padding, size)
+    detector.teacher.load_state_dict(teacher.state_dict())
+    trainer = Trainer(
+        settings,
+        run,
+        detector.to(device),
+        load_images([sample.image for sample in split.train], size, description="reading training images"),
+        load_images([sample.image for sample in split.validation], size, description="reading validation images"),
+        natural,
+    )
+    trainer.loop()
+    detector.card = {
+        "data": split.name,
+        "training_images": len(split.train),
+        "validation_images": len(split.validation),
+        "teacher": {name: teacher_card.get(name) for name in ("network", "sha256")},
+        "natural_images": len(natural) - len(natural.skipped),
+        "steps": trainer.step,
+        "seconds": round(trainer.seconds, 1),
+        "settings": settings.as_dict() | {"run_folder": run.folder.name, "data_root": "", "penalty_images": ""},
+        "torch": torch.__version__,
+    }
+    calibrate(detector, trainer.validation)
+    detector.save(run.model)
+    return detector.eval()

@@ -1,0 +1,68 @@
+"""Settings of a training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from effad_lib.images import check_size
+from effad_lib.networks import check_network
+from effad_lib.settings import PRECISIONS, Settings, pick_device
+
+
+@dataclass(frozen=True)
+class TrainingSettings(Settings):
+    """Settings of a training; the defaults are the paper's (Algorithm 1), on the first synthetic product."""
+
+    run_folder: str = "runs/training"
+    dataset: str = "synthetic"  # mvtec_ad, folder, elpv, synthetic, or one registered by the user
+    category: str = ""  # which category, product or kind of cell; "" takes the data set's default
+    data_root: str = ""  # folder of the data set; "" takes the default under data/
+    size: str = "S"  # S or M (paper), XS (for CPUs)
+    teacher: str = ""  # a .safetensors file of `effad distill`; "" takes the shipped one of this size
+    padding: bool = False  # the paper's headline figures use the unpadded networks
+    image_size: list[int] = (256, 256)  # height and width in pixels
+    steps: int = 70_000
+    batch_size: int = 1
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-5
+    schedule: str = "step"  # ×0.1 after 95 % of the steps (paper), or "cosine" with 5 % warm-up
+    initialisation: str = "default"  # torch's, or "scaled": layers of unit variance, for short schedules
+    hard_quantile: float = 0.999  # share of the student–teacher differences that is left out of the loss
+    weight_hard: float = 1.0
+    weight_penalty: float = 1.0
+    weight_autoencoder: float = 1.0
+    weight_student_autoencoder: float = 1.0
+    penalty_images: str = ""  # folder of natural images; "" takes the photographs inside installed packages
+    penalty_crop_scale: list[float] = ()  # [] as in the paper; [low, high] random crops of this share of the area
+    validation_share: float = 0.1  # of the training images, held out for calibration and checkpoints
+    validate_every: int = 1000  # steps between validation losses
+    patience: int = 0  # stop after so many validations without a better loss; 0 never does
+    checkpoint: str = "last"  # which weights become the model: "last" (paper) or "best" validation loss
+    checkpoint_every: int = 1000  # steps between checkpoints
+    cache_gb: float = 2.0  # room for the teacher's output on the training images, computed once if it fits
+    ablation_steps: int = 0  # steps of a second training without the penalty that notebook 03 compares with; 0 skips it
+    seed: int = 0
+    precision: str = "float32"
+    device: str = "auto"
+
+    def check(self) -> None:
+        check_network(self.size)
+        check_size(self.image_size)
+        for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
+            self.require(getattr(self, name) >= 1, name, "a whole number of at least 1")
+        self.require(0 < self.learning_rate < 1, "learning_rate", "a number between 0 and 1")
+        self.require(self.schedule in ("step", "cosine", "constant"), "schedule", "'step', 'cosine' or 'constant'")
+        self.require(self.initialisation in ("default", "scaled"), "initialisation", "'default' or 'scaled'")
+        self.require(0 <= self.hard_quantile < 1, "hard_quantile", "a share in [0, 1)")
+        for name in ("weight_hard", "weight_penalty", "weight_autoencoder", "weight_student_autoencoder"):
+            self.require(0 <= getattr(self, name) < math.inf, name, "a weight of zero or more")
+        crop = self.penalty_crop_scale
+        sound = not crop or (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1)
+        self.require(sound, "penalty_crop_scale", "[] or two shares of the area, 0 < low <= high <= 1")
+        self.require(0 < self.validation_share < 1, "validation_share", "a share between 0 and 1")
+        self.require(self.ablation_steps >= 0, "ablation_steps", "zero or a number of steps")
+        self.require(self.patience >= 0, "patience", "zero or a number of validations")
+        self.require(self.checkpoint in ("last", "best"), "checkpoint", "'last' or 'best'")
+        self.require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+        pick_device(self.device)

@@ -1,0 +1,62 @@
+"""One step of Algorithm 1: its four loss terms and its learning rate."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effad_lib import losses
+from effad_lib.detector import EfficientAD
+from effad_lib.distillation import learning_rate_factor
+
+
+class Losses(NamedTuple):
+    """The four terms of one step, each a scalar tensor."""
+
+    hard: Tensor
+    penalty: Tensor
+    autoencoder: Tensor
+    student_autoencoder: Tensor
+
+
+def training_losses(
+    detector: EfficientAD,
+    images: Tensor,
+    augmented: Tensor,
+    natural: Tensor,
+    *,
+    hard_quantile: float = 0.999,
+    teacher_features: Tensor | None = None,
+) -> Losses:
+    """Return the four loss terms of one step of Algorithm 1.
+
+    `images`, `augmented` and `natural` [N, 3, H, W] in [0, 1]; `teacher_features` is T̂(images) [N, C, h, w] where it is
+    known already. The three student passes run as one batch, each through the half of the last layer that it needs.
+    """
+    with torch.no_grad():
+        normalised, changed = detector.normalise(images), detector.normalise(augmented)
+        if teacher_features is None:
+            both = detector.teacher_features(torch.cat([normalised, changed]))
+            teacher_features, teacher_changed = both.split([len(images), len(augmented)])
+        else:
+            teacher_changed = detector.teacher_features(changed)
+    student_images, student_natural, student_changed = detector.student.halves(
+        torch.cat([normalised, detector.normalise(natural), changed]),
+        [(len(images), False), (len(natural), False), (len(augmented), True)],
+    )
+    rebuilt = detector.autoencoder(changed)
+    return Losses(
+        losses.hard_feature_loss(teacher_features, student_images, hard_quantile),
+        losses.penalty_loss(student_natural),
+        losses.autoencoder_loss(teacher_changed, rebuilt),
+        losses.student_autoencoder_loss(rebuilt, student_changed),
+    )
+
+
+def step_factor(step: int, steps: int, schedule: str) -> float:
+    """Return the factor on the learning rate at `step`: the paper's ×0.1 after 95 %, or as in distillation."""
+    if schedule == "step":
+        return 0.1 if step >= 0.95 * steps else 1.0
+    return learning_rate_factor(step, steps, schedule)
