@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -179,11 +180,61 @@ def test_altered_or_unfit_teachers_are_refused(settings, tmp_path):
     card.write_text(json.dumps(json.loads(card.read_text()) | {"size": "S"}))
     with pytest.raises(SettingsError, match=r"layer trunk\.\d\.\w+ needs shape"):
         load_teacher(path)
-    card.unlink()
-    with pytest.raises(SettingsError, match="not both"):
-        load_teacher(path)
     with pytest.raises(SettingsError, match="Shipped teachers"):
         load_teacher("L")
+    with pytest.raises(SettingsError, match=r"there is no .*absent\.pth"):
+        load_teacher(tmp_path / "absent.pth")
+
+
+def foreign_pdn(size: str, channels: int, layout: str) -> torch.nn.Module:
+    """A PDN as others build it: without any of this library's code, its layers named as in their files."""
+    kernels = [4, 4, 3, 4] if size == "S" else [4, 4, 1, 3, 4, 1]
+    widths = [3, 128, 256, 256, channels] if size == "S" else [3, 256, 512, 512, 512, channels, channels]
+    layers = []
+    for index, kernel in enumerate(kernels):
+        name = f"conv{index + 1}" if layout == "named" else str(len(layers))
+        layers.append((name, torch.nn.Conv2d(widths[index], widths[index + 1], kernel)))
+        if index + 1 < len(kernels):
+            layers.append((f"relu{index}" if layout == "named" else str(len(layers)), torch.nn.ReLU()))
+        if index < 2:
+            layers.append((f"pool{index}" if layout == "named" else str(len(layers)), torch.nn.AvgPool2d(2, 2)))
+    return torch.nn.Sequential(OrderedDict(layers))
+
+
+@pytest.mark.parametrize("layout", ["numbered", "named"])  # as nelson1425/EfficientAD and as anomalib write them
+@pytest.mark.parametrize("size", ["S", "M"])
+def test_public_teachers_are_loaded_by_path(size, layout, tmp_path):
+    theirs, path = foreign_pdn(size, 16, layout), tmp_path / "teacher.pth"
+    torch.save(theirs.state_dict(), path)
+    teacher, card = load_teacher(path)
+    assert (card["size"], card["channels"], len(card["sha256"])) == (size, 16, 64)
+    images = torch.randn(2, 3, 64, 96)
+    torch.testing.assert_close(teacher(images), theirs(images))
+    padded, _ = load_teacher(path, padding=True)
+    torch.testing.assert_close(padded(images)[..., 4:-4, 4:-4], teacher(images), rtol=1e-4, atol=1e-5)
+
+
+def test_our_own_weights_load_without_their_card(tmp_path):
+    pdn, path = PDN("XS", 8), tmp_path / "bare.safetensors"
+    save_file(pdn.state_dict(), path)
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(load_teacher(path)[0](images), pdn(images))
+
+
+def test_public_files_that_do_not_fit_name_the_layer(tmp_path):
+    path = tmp_path / "teacher.pth"
+    state = foreign_pdn("S", 16, "named").state_dict()
+    torch.save(state | {"conv3.weight": torch.zeros(256, 256, 1, 1)}, path)
+    with pytest.raises(
+        SettingsError, match=r"conv3\.weight has shape \(256, 256, 1, 1\), PDN-S needs \(256, 256, 3, 3\)"
+    ):
+        load_teacher(path)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
+    with pytest.raises(SettingsError, match=r"not the weights of a PDN.*bn1\.bias"):
+        load_teacher(path)
+    torch.save(foreign_pdn("S", 16, "named"), path)
+    with pytest.raises(SettingsError, match="plain state dict"):  # a pickled module is never unpickled
+        load_teacher(path)
 
 
 @pytest.mark.parametrize("path", sorted(TEACHERS.glob("*.safetensors")), ids=lambda path: path.stem)

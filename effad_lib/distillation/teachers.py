@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from effad_lib import __version__
-from effad_lib.backbones import file_sha256
+from effad_lib.backbones import file_sha256, read_weights
 from effad_lib.distillation.settings import DistillationSettings
-from effad_lib.networks import PDN
+from effad_lib.networks import PDN, PDN_LAYERS, Conv
 from effad_lib.runs import PROJECT, Run, resolve, write_json, write_with
 from effad_lib.settings import SettingsError
 
@@ -47,28 +48,75 @@ def save_teacher(run: Run, settings: DistillationSettings, pdn: PDN, metrics: di
 def load_teacher(source: str | Path, *, padding: bool = False) -> tuple[PDN, dict[str, Any]]:
     """Return a teacher in evaluation mode and its card.
 
-    `source` is a size ("S", "M", "XS": the shipped teacher) or the path of a `.safetensors` file with its card beside
-    it. The file's SHA-256 is checked against the card. Raises `SettingsError` if it is missing, altered or unfit.
+    `source` is a size ("S", "M", "XS": the shipped teacher) or the path of a file. With a card beside it, the file's
+    SHA-256 is checked against the card. Without one it is taken for a teacher of another implementation: a plain state
+    dict (.pth, .pt or .safetensors) of convolutions in the PDN's order, as nelson1425/EfficientAD and anomalib publish
+    them; size and channels follow from its layers. Raises `SettingsError` if it is missing, altered or unfit.
     """
-    shipped = TEACHERS / f"pdn_{str(source).lower()}.safetensors"
-    path = shipped if not str(source).endswith(".safetensors") else (PROJECT / source).resolve()
+    known = str(source).upper() in PDN_LAYERS
+    path = TEACHERS / f"pdn_{str(source).lower()}.safetensors" if known else resolve(source)
     card_path = path.with_suffix(".json")
-    if not path.is_file() or not card_path.is_file():
+    if not path.is_file() or (known and not card_path.is_file()):
         there = ", ".join(sorted(p.stem.removeprefix("pdn_").upper() for p in TEACHERS.glob("*.safetensors"))) or "none"
         raise SettingsError(
-            f"teacher {str(source)!r}: {path.name} and its card {card_path.name} are not both in {path.parent}. "
+            f"teacher {str(source)!r}: there is no {path}{' with a card beside it' if known else ''}. "
             f"Shipped teachers: {there}. Others are made by `effad distill`."
         )
-    card = json.loads(card_path.read_text(encoding="utf-8"))
     digest = file_sha256(path)
-    if digest != card["sha256"]:
-        raise SettingsError(f"teacher {path}: its SHA-256 is {digest}, the card says {card['sha256']}. Fetch it again.")
+    if card_path.is_file():
+        card = json.loads(card_path.read_text(encoding="utf-8"))
+        if digest != card["sha256"]:
+            raise SettingsError(
+                f"teacher {path}: its SHA-256 is {digest}, the card says {card['sha256']}. Fetch it again."
+            )
+        weights = read_weights(path)
+    else:
+        weights, card = _in_our_names(read_weights(path), path)
+        card |= {"sha256": digest}
     pdn = PDN(card["size"], card["channels"], padding)
-    with safe_open(path, "pt") as file:
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}
     for name, value in pdn.state_dict().items():
         if name not in weights or weights[name].shape != value.shape:
             got = tuple(weights[name].shape) if name in weights else "nothing"
             raise SettingsError(f"teacher {path}: layer {name} needs shape {tuple(value.shape)}, the file has {got}.")
     pdn.load_state_dict(weights)
     return pdn.eval().requires_grad_(False), card
+
+
+def _in_our_names(weights: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights of another implementation under this library's names, and a card of what they show.
+
+    A PDN is a chain, so its convolutions in order are all there is to know: "0.weight", "3.weight" … in an
+    `nn.Sequential`, "conv1.weight", "conv2.weight" … elsewhere.
+    """
+    layers = sorted((name for name in weights if name.endswith(".weight")), key=_natural)
+    sizes = {sum(isinstance(layer, Conv) for layer in table): size for size, table in PDN_LAYERS.items()}
+    if len(layers) not in sizes or set(weights) != {*layers, *(_bias(name) for name in layers)}:
+        wanted = ", ".join(f"{count} for {size}" for count, size in sizes.items())
+        raise SettingsError(
+            f"teacher {path}: not the weights of a PDN. Its entries are {', '.join(sorted(weights, key=_natural)[:6])} "
+            f"…; a PDN has weight and bias of each convolution and nothing else ({wanted})."
+        )
+    size, channels = sizes[len(layers)], len(weights[layers[-1]])
+    pdn = PDN(size, channels)
+    own = [name for name in pdn.state_dict() if name.endswith(".weight")]
+    renamed = {}
+    for theirs, ours in zip(layers, own, strict=True):
+        for name, mine in ((theirs, ours), (_bias(theirs), _bias(ours))):
+            needed = pdn.state_dict()[mine].shape
+            if weights[name].shape != needed:
+                raise SettingsError(
+                    f"teacher {path}: layer {name} has shape {tuple(weights[name].shape)}, "
+                    f"PDN-{size} needs {tuple(needed)}."
+                )
+            renamed[mine] = weights[name]
+    return renamed, {"network": f"PDN-{size}", "size": size, "channels": channels}
+
+
+def _bias(name: str) -> str:
+    return f"{name.removesuffix('weight')}bias"
+
+
+def _natural(name: str) -> tuple[bool, list[int], str]:
+    """Sort key by the numbers in a name, so that conv10 follows conv9; names without any, such as head, come last."""
+    numbers = [int(number) for number in re.findall(r"\d+", name)]
+    return not numbers, numbers, name
