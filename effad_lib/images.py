@@ -182,15 +182,18 @@ class NaturalImages:
 
     `folder` holds any photographs (ImageNet in the paper); "" takes the few inside the installed packages. Files are
     decoded at first use and kept while they fit in `memory_gb`. Unreadable files are left out and listed in `.skipped`,
-    by index.
+    by index. With `workers` the views of a batch are made in as many threads.
     """
 
-    def __init__(self, folder: str | Path = "", *, memory_gb: float = 2.0, longest_side: int = 640) -> None:
+    def __init__(
+        self, folder: str | Path = "", *, memory_gb: float = 2.0, longest_side: int = 640, workers: int = 0
+    ) -> None:
         self.paths = find_images(folder) if str(folder) else packaged_photographs()
         self.skipped: dict[int, str] = {}
         self._kept: dict[Path, Tensor] = {}
         self._room = int(memory_gb * 2**30)
         self._longest_side = longest_side
+        self._pool = ThreadPoolExecutor(workers) if workers else None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -218,36 +221,42 @@ class NaturalImages:
         grayscale: float = 0.3,
         zoom: float = 2.0,
         crop_scale: tuple[float, float] | None = None,
+        share: slice = slice(None),
     ) -> Tensor:
         """Draw `count` views as float32 [count, 3, H, W] in [0, 1].
 
         Without `crop_scale`: the photograph resized to `zoom` times `size`, then its centre; 2 as in Algorithm 1, 1 as
         in Algorithm 3. With it: a random region that covers this share of the photograph's area, mirrored half of the
         time, which makes more of a small collection.
-        `grayscale` is the probability of a grey view. Raises `ImageError` if no photograph can be read.
+        `grayscale` is the probability of a grey view. All are drawn, but only those in `share` are made: several
+        processes with equal generators can divide a batch. Raises `ImageError` if no photograph can be read.
         """
-        views = []
-        while len(views) < count:
-            index = int(torch.randint(len(self.paths), (), generator=generator))
-            numbers = torch.rand(6, generator=generator).tolist()
-            if index in self.skipped:
+        draws = [
+            (int(torch.randint(len(self.paths), (), generator=generator)), torch.rand(6, generator=generator).tolist())
+            for _ in range(count)
+        ]
+
+        def view(draw: tuple[int, list[float]]) -> Tensor:
+            index, numbers = draw
+            photograph = self._readable(index)
+            cut = _crop(photograph, size, crop_scale, numbers) if crop_scale else _centre(photograph, size, zoom)
+            cut = to_float(cut)
+            return to_grey(cut).expand_as(cut) if numbers[0] < grayscale else cut
+
+        return torch.stack(list((self._pool.map if self._pool else map)(view, draws[share])))
+
+    def _readable(self, index: int) -> Tensor:
+        """Return photograph `index` or, if it cannot be read, the next one that can: the draws stay the same."""
+        for near in (*range(index, len(self.paths)), *range(index)):
+            if near in self.skipped:
                 continue
             try:
-                photograph = self.read(index)
+                return self.read(near)
             except ImageError as error:
-                self._skip(index, error)
-                continue
-            view = _crop(photograph, size, crop_scale, numbers) if crop_scale else _centre(photograph, size, zoom)
-            view = to_float(view)
-            views.append(to_grey(view).expand_as(view) if numbers[0] < grayscale else view)
-        return torch.stack(views)
-
-    def _skip(self, index: int, error: ImageError) -> None:
-        """Leave a photograph out; the draws stay the same whether it was found unreadable before or just now."""
-        self.skipped[index] = str(error)
-        warnings.warn(f"natural image left out: {error}", stacklevel=3)
-        if len(self.skipped) == len(self.paths):
-            raise ImageError(f"none of the natural images can be read; the last one: {error}") from error
+                self.skipped[near] = str(error)
+                warnings.warn(f"natural image left out: {error}", stacklevel=3)
+        last = next(reversed(self.skipped.values()))
+        raise ImageError(f"none of the natural images can be read; the last one: {last}")
 
 
 def _centre(photograph: Tensor, size: Size, zoom: float) -> Tensor:

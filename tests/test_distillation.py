@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shlex
+import subprocess
+import sys
 from collections import OrderedDict
 
 import numpy as np
@@ -12,6 +17,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from effad_lib import distillation
 from effad_lib.distillation import (
     TEACHERS,
     DistillationSettings,
@@ -20,6 +26,7 @@ from effad_lib.distillation import (
     fit_initialisation,
     load_teacher,
 )
+from effad_lib.distillation.processes import Processes
 from effad_lib.images import ImageError
 from effad_lib.networks import PDN
 from effad_lib.runs import Run, RunError
@@ -103,6 +110,38 @@ def test_resumed_distillation_equals_an_undisturbed_one_bit_for_bit(settings, mo
     one, other = (load_file(run.folder / "teacher.safetensors") for run in (whole, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert whole.metrics["losses"] == resumed.metrics["losses"]
+
+
+def torchrun(settings: DistillationSettings, processes: int) -> subprocess.CompletedProcess:
+    """Distil from the command line in several processes, as on a machine with several GPUs."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    options = shlex.split(settings.as_options(leave_out=()))
+    return subprocess.run(
+        [sys.executable, *launch, "-m", "effad_lib.cli", "distill", *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_two_processes_distil_what_one_does(settings):
+    """Each takes half of every batch; a photograph that one of them cannot read does not part their ways."""
+    alone = distil(settings("alone", batch_size=4, steps=5))
+    shared = settings("shared", batch_size=4, steps=5, device="cpu", checkpoint_seconds=0.0)
+    done = torchrun(shared, 2)
+    assert done.returncode == 0, done.stderr
+    one, other = (load_file(run.folder / "teacher.safetensors") for run in (alone, Run(shared.run_folder)))
+    for name in one:
+        torch.testing.assert_close(one[name].float(), other[name].float(), rtol=1e-2, atol=2e-3)
+    assert Run(shared.run_folder).metrics["losses"] == pytest.approx(alone.metrics["losses"], rel=1e-3)
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused(settings, monkeypatch):
+    pair = contextlib.nullcontext((Processes(0, 2), torch.device("cpu")))
+    monkeypatch.setattr(distillation.loop, "joined", lambda device: pair)
+    with pytest.raises(SettingsError, match="2 processes cannot share it equally"):
+        distil(settings(batch_size=3))
 
 
 def test_channel_statistics_are_exact_far_from_zero():

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +16,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from effad_lib.backbones import load_backbone
+from effad_lib.distillation.processes import Processes, joined
 from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation
 from effad_lib.distillation.teachers import save_teacher
@@ -37,101 +43,204 @@ def distil(settings: DistillationSettings) -> Run:
     """Distil a teacher into `settings.run_folder`, or continue one that was interrupted there.
 
     Writes `teacher.safetensors` with its card `teacher.json`, TensorBoard scalars, a checkpoint now and then, and
-    `metrics.json` at the end. Raises `SettingsError`, `ImageError` or `RunError` before work starts. Algorithm 3.
+    `metrics.json` at the end. Started by `torchrun`, the processes share each batch, and the result is that of one
+    process but for rounding. Raises `SettingsError`, `ImageError` or `RunError` before work starts. Algorithm 3.
     """
     run = Run(settings.run_folder)
-    device = pick_device(settings.device)
     folder = resolve(settings.images) if settings.images else ""
-    natural, held_out = NaturalImages(folder), NaturalImages(folder)
-    if settings.held_out >= len(natural):
-        raise SettingsError(f"held_out = {settings.held_out}: only {len(natural)} photographs are there.")
-    chosen = torch.randperm(len(natural), generator=torch.Generator().manual_seed(0)).tolist()[: settings.held_out]
-    held_out.paths = [natural.paths[index] for index in chosen]
-    natural.paths = [path for index, path in enumerate(natural.paths) if index not in set(chosen)]
-    backbone = load_backbone(settings.backbone, settings.backbone_weights, width=settings.channels).to(device)
-    run.start(settings, may_change=("run_folder", "device", "backbone_weights", "images", "checkpoint_seconds"))
-    if run.done:
-        return run
-    return _distil(settings, run, Views(settings, natural, backbone), held_out, device)
+    with joined(pick_device(settings.device)) as (processes, device):
+        if settings.batch_size % processes.count:
+            raise SettingsError(
+                f"batch_size = {settings.batch_size}: {processes.count} processes cannot share it equally."
+            )
+        workers = 0 if device.type == "cpu" else (os.cpu_count() or 1) // processes.count
+        natural, held_out = NaturalImages(folder, workers=workers), NaturalImages(folder, workers=workers)
+        if settings.held_out >= len(natural):
+            raise SettingsError(f"held_out = {settings.held_out}: only {len(natural)} photographs are there.")
+        chosen = torch.randperm(len(natural), generator=torch.Generator().manual_seed(0)).tolist()[: settings.held_out]
+        held_out.paths = [natural.paths[index] for index in chosen]
+        natural.paths = [path for index, path in enumerate(natural.paths) if index not in set(chosen)]
+        backbone = load_backbone(settings.backbone, settings.backbone_weights, width=settings.channels).to(device)
+        if processes.rank == 0:
+            run.start(settings, may_change=("run_folder", "device", "backbone_weights", "images", "checkpoint_seconds"))
+        processes.wait()
+        if not run.done:
+            views = Views(settings, natural, backbone)
+            distiller = Distiller(settings, run, views, device, processes)
+            distiller.loop()
+            if processes.rank == 0:
+                distiller.finish(held_out)
+            processes.wait()
+    return run
 
 
-def _distil(
-    settings: DistillationSettings, run: Run, views: Views, held_out: NaturalImages, device: torch.device
-) -> Run:
+class Distiller:
+    """One distillation with everything that a checkpoint has to hold; `loop` runs it to its end."""
+
+    def __init__(
+        self, settings: DistillationSettings, run: Run, views: Views, device: torch.device, processes: Processes
+    ) -> None:
+        self.settings, self.run, self.views, self.device = settings, run, views, device
+        self.processes = processes
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        torch.manual_seed(settings.seed)
+        self.pdn = PDN(settings.size, settings.channels, settings.padding).to(device)
+        self.dtype = PRECISIONS[settings.precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.step, self.seconds = 0, 0.0
+        self.losses: list[float] = []  # the mean of each LOG_EVERY steps
+        self.recent: list[Tensor] = []  # the losses of the steps since then
+        state = run.load_checkpoint("last")
+        if state is None:
+            self._prepare()
+        else:
+            self.pdn.load_state_dict(state["pdn"])
+            self.mean, self.std = state["mean"].to(device), state["std"].to(device)
+        self.network = processes.wrap(self.pdn)
+        self.optimiser = torch.optim.Adam(
+            self.pdn.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        if state is not None:
+            self._restore(state)
+
+    def _prepare(self) -> None:
+        """Take the statistics of the backbone's channels and, where wanted, fit the PDN's last layer."""
+        settings, shape = self.settings, (1, self.settings.channels, 1, 1)
+        self.mean, self.std = torch.zeros(shape, device=self.device), torch.ones(shape, device=self.device)
+        if self.processes.rank == 0:
+            mean, std = _target_statistics(self.views, settings, self.device)
+            self.mean, self.std = mean.to(self.device), std.to(self.device)
+        self.processes.broadcast([self.mean, self.std])
+        if settings.initialisation == "fitted":
+            images, targets = self.views.draw(min(64, 4 * settings.batch_size), self.generator, self.device)
+            fit_initialisation(self.pdn, images, (targets - self.mean) / self.std)
+
+    def loop(self) -> None:
+        """Distil from the current step to the last one, logging and saving on the way."""
+        settings, began = self.settings, time.monotonic() - self.seconds
+        saved, first = time.monotonic(), self.processes.rank == 0
+        with (
+            finish_step_on_interrupt() as interrupted,
+            _board(self.run, self.step, first) as write,
+            tqdm(initial=self.step, total=settings.steps, desc=f"distilling {settings.size}", disable=not first) as bar,
+        ):
+            for large, drawn in self._batches():
+                self.recent.append(self.train_step(large))
+                self.step += 1
+                bar.update()
+                last = self.step == settings.steps
+                if self.step % LOG_EVERY == 0 or last:
+                    value = self._log()
+                    write("distillation/loss", value, self.step)
+                    bar.set_postfix(loss=f"{value:.3f}")
+                self.seconds = time.monotonic() - began
+                due = time.monotonic() - saved > settings.checkpoint_seconds
+                stop = self.processes.any(interrupted(), self.device)
+                if first and (stop or due or last):
+                    self.run.save_checkpoint("last", self.state(drawn))
+                    saved = time.monotonic()
+                if stop and not last:
+                    raise KeyboardInterrupt(f"stopped after step {self.step}; started again, the run continues there")
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's views of each remaining step, with the generator's state after drawing them.
+
+        On an accelerator the next batch is read while the last one is worked on.
+        """
+        remaining = self.settings.steps - self.step
+
+        def draw() -> tuple[Tensor, Tensor]:
+            large = self.views.sample(self.settings.batch_size, self.generator, self.processes.share)
+            return large, self.generator.get_state()
+
+        if self.device.type == "cpu":
+            yield from (draw() for _ in range(remaining))
+            return
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+            following = ahead.submit(draw) if remaining else None
+            for left in range(remaining, 0, -1):
+                batch = following.result()
+                if left > 1:
+                    following = ahead.submit(draw)
+                yield batch
+
+    def train_step(self, large: Tensor) -> Tensor:
+        """Take one step of Adam on views [N, 3, 2H, 2W] and return the loss, detached."""
+        settings = self.settings
+        for group in self.optimiser.param_groups:
+            group["lr"] = settings.learning_rate * learning_rate_factor(self.step, settings.steps, settings.schedule)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            images, targets = self.views.pair(large.to(self.device, non_blocking=True))
+            loss = F.mse_loss(self.network(images), (targets - self.mean) / self.std)
+        self.optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        return loss.detach()
+
+    def _log(self) -> float:
+        """Add the mean loss of the recent steps to the curve and return it. Raises `RunError` if it is not finite."""
+        value = float(self.processes.mean(torch.stack(self.recent).mean()))
+        self.recent.clear()
+        if not math.isfinite(value):
+            raise RunError(f"{self.run.folder}: the loss is {value} at step {self.step}. Lower learning_rate.")
+        self.losses.append(value)
+        return value
+
+    def state(self, drawn: Tensor) -> dict[str, Any]:
+        """Return everything needed to continue; `drawn` is the generator's state after the last step's views."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "mean": self.mean.cpu(),
+            "std": self.std.cpu(),
+            "pdn": self.pdn.state_dict(),
+            "losses": self.losses,
+            "recent": [float(value) for value in self.recent],
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generator": drawn,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+        self.recent = [torch.tensor(value, device=self.device) for value in state["recent"]]
+        self.optimiser.load_state_dict(state["optimiser"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["generator"])
+
+    def finish(self, held_out: NaturalImages) -> None:
+        """Measure the loss on photographs that were held out, write the teacher with its card, and end the run."""
+        metrics = {"loss": sum(self.losses[-20:]) / len(self.losses[-20:])}
+        metrics["held_out_loss"] = self.held_out_loss(held_out) if len(held_out) else None
+        metrics["seconds"] = round(self.seconds, 1)
+        photographs = len(self.views.natural) - len(self.views.natural.skipped)
+        save_teacher(self.run, self.settings, self.pdn, metrics, photographs)
+        self.run.finish(metrics | {"steps": self.settings.steps, "losses": self.losses})
+
+    @torch.no_grad()
+    def held_out_loss(self, held_out: NaturalImages) -> float:
+        """Return the mean loss over fixed views, two for each photograph that training never saw."""
+        generator = torch.Generator().manual_seed(2)
+        views = Views(self.settings, held_out, self.views.backbone)
+        batch, losses = self.settings.batch_size, []
+        for _ in range(max(1, 2 * len(held_out) // batch)):
+            images, targets = views.draw(batch, generator, self.device)
+            losses.append(F.mse_loss(self.pdn(images), (targets - self.mean) / self.std).item())
+        return sum(losses) / len(losses)
+
+
+@contextmanager
+def _board(run: Run, step: int, first: bool) -> Iterator[Callable[[str, float, int], None]]:
+    """Yield a function that writes a scalar for TensorBoard, which only the first process does."""
+    if not first:
+        yield lambda name, value, step: None
+        return
     from torch.utils.tensorboard import SummaryWriter
 
-    generator = torch.Generator().manual_seed(settings.seed)
-    state = run.load_checkpoint("last")
-    torch.manual_seed(settings.seed)
-    pdn = PDN(settings.size, settings.channels, settings.padding).to(device)
-    if state is None:
-        mean, std = _target_statistics(views, settings, device)
-        if settings.initialisation == "fitted":
-            images, targets = views.draw(min(64, 4 * settings.batch_size), generator, device)
-            fit_initialisation(pdn, images, (targets - mean) / std)
-        state = {"step": 0, "mean": mean, "std": std, "seconds": 0.0, "losses": [], "recent": []}
-    else:
-        pdn.load_state_dict(state["pdn"])
-        generator.set_state(state["generator"])
-    mean, std = state["mean"].to(device), state["std"].to(device)
-    optimiser = torch.optim.Adam(pdn.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    if "optimiser" in state:
-        optimiser.load_state_dict(state["optimiser"])
-    dtype = PRECISIONS[settings.precision]
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if state.get("scaler"):
-        scaler.load_state_dict(state["scaler"])
-
-    losses: list[float] = state["losses"]  # the mean of each LOG_EVERY steps
-    recent: list[Tensor] = [torch.tensor(value, device=device) for value in state["recent"]]  # of the steps since then
-    began, saved = time.monotonic() - state["seconds"], time.monotonic()
-
-    def save(step: int) -> None:
-        state = {"step": step, "mean": mean.cpu(), "std": std.cpu(), "pdn": pdn.state_dict(), "losses": losses}
-        state |= {"recent": [float(value) for value in recent]}
-        state |= {"optimiser": optimiser.state_dict(), "generator": generator.get_state()}
-        state |= {"scaler": scaler.state_dict(), "seconds": time.monotonic() - began}
-        run.save_checkpoint("last", state)
-
-    first = state["step"]
-    with (
-        finish_step_on_interrupt() as interrupted,
-        SummaryWriter(run.folder / "tensorboard", purge_step=first) as board,
-    ):
-        bar = tqdm(
-            range(first, settings.steps), initial=first, total=settings.steps, desc=f"distilling {settings.size}"
-        )
-        for step in bar:
-            factor = learning_rate_factor(step, settings.steps, settings.schedule)
-            for group in optimiser.param_groups:
-                group["lr"] = settings.learning_rate * factor
-            images, targets = views.draw(settings.batch_size, generator, device)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = F.mse_loss(pdn(images), (targets - mean) / std)
-            optimiser.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimiser)
-            scaler.update()
-            recent.append(loss.detach())
-            if (step + 1) % LOG_EVERY == 0 or step == settings.steps - 1:
-                losses.append(value := float(torch.stack(recent).mean()))
-                recent.clear()
-                if not math.isfinite(value):
-                    raise RunError(f"{run.folder}: the loss is {value} at step {step + 1}. Lower learning_rate.")
-                board.add_scalar("distillation/loss", value, step + 1)
-                bar.set_postfix(loss=f"{value:.3f}")
-            if interrupted() or time.monotonic() - saved > settings.checkpoint_seconds:
-                save(step + 1)
-                saved = time.monotonic()
-            if interrupted():
-                raise KeyboardInterrupt(f"stopped after step {step + 1}; started again, the run continues there")
-    save(settings.steps)
-    seconds = time.monotonic() - began
-    held_out_loss = _held_out_loss(pdn, views, held_out, mean, std, device) if settings.held_out else None
-    metrics = {"loss": sum(losses[-20:]) / len(losses[-20:]), "held_out_loss": held_out_loss}
-    save_teacher(run, settings, pdn, metrics | {"seconds": round(seconds, 1)}, len(views.natural))
-    run.finish(metrics | {"steps": settings.steps, "seconds": round(seconds, 1), "losses": losses})
-    return run
+    with SummaryWriter(run.folder / "tensorboard", purge_step=step) as board:
+        yield board.add_scalar
 
 
 def _target_statistics(views: Views, settings: DistillationSettings, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -141,17 +250,3 @@ def _target_statistics(views: Views, settings: DistillationSettings, device: tor
     return channel_statistics(
         views.draw(size, generator, device)[1] for size in tqdm(sizes, desc="backbone statistics", leave=False)
     )
-
-
-@torch.no_grad()
-def _held_out_loss(
-    pdn: PDN, views: Views, held_out: NaturalImages, mean: Tensor, std: Tensor, device: torch.device
-) -> float:
-    """Return the mean loss over two fixed views of each photograph that training never saw."""
-    generator = torch.Generator().manual_seed(2)
-    own = Views(views.settings, held_out, views.backbone)
-    losses = []
-    for _ in range(max(1, 2 * len(held_out) // views.settings.batch_size)):
-        images, targets = own.draw(views.settings.batch_size, generator, device)
-        losses.append(F.mse_loss(pdn(images), (targets - mean) / std).item())
-    return sum(losses) / len(losses)

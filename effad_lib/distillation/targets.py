@@ -21,18 +21,22 @@ class Views:
     def __init__(self, settings: DistillationSettings, natural: NaturalImages, backbone: Backbone) -> None:
         self.settings, self.natural, self.backbone = settings, natural, backbone
 
-    def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the `pair` of `count` random views."""
+    def sample(self, count: int, generator: torch.Generator, share: slice = slice(None)) -> Tensor:
+        """Return a `share` of `count` random views as the backbone sees them, [N, 3, 2H, 2W] in [0, 1]."""
         height, width = self.settings.image_size
-        large = self.natural.sample(
+        return self.natural.sample(
             count,
             (2 * height, 2 * width),
             generator,
             grayscale=self.settings.grayscale,
             zoom=1.0,
             crop_scale=tuple(self.settings.crop_scale) or None,
+            share=share,
         )
-        return self.pair(large.to(device))
+
+    def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the `pair` of `count` random views."""
+        return self.pair(self.sample(count, generator).to(device))
 
     def pair(self, large: Tensor) -> tuple[Tensor, Tensor]:
         """Return normalised PDN images [N, 3, H, W] and raw backbone features on the PDN's own cells [N, C, h, w].
