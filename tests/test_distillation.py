@@ -27,6 +27,7 @@ from effad_lib.distillation import (
     load_teacher,
 )
 from effad_lib.distillation.processes import Processes
+from effad_lib.distillation.teachers import curve
 from effad_lib.images import ImageError
 from effad_lib.networks import PDN
 from effad_lib.runs import Run, RunError
@@ -79,6 +80,8 @@ def test_the_loss_falls_and_the_teacher_loads(settings):
     losses = run.metrics["losses"]
     assert len(losses) == 5 and losses[-1] < losses[0]
     card = json.loads((run.folder / "teacher.json").read_text())
+    assert card["losses"] == [round(loss, 4) for loss in losses]
+    assert curve([1.0, 2.0, 3.0, 4.0, 6.0], most=3) == [1.5, 3.5, 6.0]
     assert card["network"] == "PDN-XS" and card["photographs"] == 6 and 0 < card["held_out_loss"] < 1.5
     assert card["settings"]["backbone_weights"] == "resnet18.safetensors", "no path of this machine in the card"
     teacher, _ = load_teacher(run.folder / "teacher.safetensors")

@@ -215,9 +215,10 @@ class Distiller:
         metrics = {"loss": sum(self.losses[-20:]) / len(self.losses[-20:])}
         metrics["held_out_loss"] = self.held_out_loss(held_out) if len(held_out) else None
         metrics["seconds"] = round(self.seconds, 1)
+        metrics["losses"] = self.losses
         photographs = len(self.views.natural) - len(self.views.natural.skipped)
         save_teacher(self.run, self.settings, self.pdn, metrics, photographs)
-        self.run.finish(metrics | {"steps": self.settings.steps, "losses": self.losses})
+        self.run.finish(metrics | {"steps": self.settings.steps})
 
     @torch.no_grad()
     def held_out_loss(self, held_out: NaturalImages) -> float:

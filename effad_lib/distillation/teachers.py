@@ -37,12 +37,20 @@ def save_teacher(run: Run, settings: DistillationSettings, pdn: PDN, metrics: di
         "sha256": file_sha256(path),
         "photographs": photographs,
         "backbone_sha256": file_sha256(local) if local else "as published",
-        **metrics,
+        **{name: value for name, value in metrics.items() if name != "losses"},
         "command": f"effad distill {named.as_options(leave_out=('run_folder', 'device', 'checkpoint_seconds'))}",
         "settings": {name: value for name, value in named.as_dict().items() if name not in ("run_folder", "device")},
         "versions": {"effad": __version__, "torch": torch.__version__},
+        "losses": curve(metrics["losses"]),
     }
     write_json(run.folder / "teacher.json", card)
+
+
+def curve(losses: list[float], most: int = 150) -> list[float]:
+    """Return at most so many means of equally many neighbouring losses: a curve that fits on a card."""
+    width = -(-len(losses) // most)
+    groups = [losses[start : start + width] for start in range(0, len(losses), width)]
+    return [round(sum(group) / len(group), 4) for group in groups]
 
 
 def load_teacher(source: str | Path, *, padding: bool = False) -> tuple[PDN, dict[str, Any]]:
