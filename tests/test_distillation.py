@@ -67,6 +67,7 @@ def settings(given, tmp_path):
             "statistics_images": 8,
             "schedule": "cosine",
             "initialisation": "fitted",
+            "fit_views": 8,
             "learning_rate": 1e-3,
             **changes,
         }

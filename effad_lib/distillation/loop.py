@@ -112,8 +112,8 @@ class Distiller:
             self.mean, self.std = mean.to(self.device), std.to(self.device)
         self.processes.broadcast([self.mean, self.std])
         if settings.initialisation == "fitted":
-            images, targets = self.views.draw(min(64, 4 * settings.batch_size), self.generator, self.device)
-            fit_initialisation(self.pdn, images, (targets - self.mean) / self.std)
+            images, targets = self.views.draw(settings.fit_views, self.generator, self.device)
+            fit_initialisation(self.pdn, images, (targets - self.mean) / self.std, settings.ridge)
 
     def loop(self) -> None:
         """Distil from the current step to the last one, logging and saving on the way."""

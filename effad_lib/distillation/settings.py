@@ -30,6 +30,8 @@ class DistillationSettings(Settings):
     weight_decay: float = 1e-5
     schedule: str = "constant"  # or "cosine": 5 % warm-up, then a half cosine to zero
     initialisation: str = "default"  # or "fitted": unit-variance layers, last layer by ridge regression
+    fit_views: int = 64  # views that "fitted" regresses on
+    ridge: float = 0.01  # its penalty; more for few views and the 4,096 inputs of S's last layer
     statistics_images: int = 10_000  # views for mean and deviation of the backbone's channels
     held_out: int = 0  # photographs kept for the held-out loss, never seen in training
     seed: int = 0
@@ -46,6 +48,8 @@ class DistillationSettings(Settings):
         self.require(self.batch_size >= 1, "batch_size", "a positive number of images")
         self.require(self.statistics_images >= 2, "statistics_images", "at least 2 images")
         self.require(self.held_out >= 0, "held_out", "zero or more photographs")
+        self.require(self.fit_views >= 1, "fit_views", "a positive number of views")
+        self.require(self.ridge > 0, "ridge", "a number above 0")
         self.require(0 < self.learning_rate < 1, "learning_rate", "a number between 0 and 1")
         self.require(self.schedule in ("constant", "cosine"), "schedule", "'constant' or 'cosine'")
         self.require(self.initialisation in ("default", "fitted"), "initialisation", "'default' or 'fitted'")
