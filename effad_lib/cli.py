@@ -1,4 +1,4 @@
-"""The command line: `effad run · synthesize · distill · train · evaluate · detect`, thin calls of the library."""
+"""The command line: `effad run · synthesize · distill · probe · train · evaluate · detect`, thin library calls."""
 
 from __future__ import annotations
 
@@ -135,6 +135,47 @@ def distill(options: argparse.Namespace) -> int:
     return 0
 
 
+def probe_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad probe`."""
+    parser.add_argument("teacher", metavar="TEACHER", help="a size (the shipped teacher) or a file of weights")
+    parser.add_argument("--dataset", default="elpv", help="see effad train (default: elpv)")
+    parser.add_argument("--category", default="", help="of the data set (default: its own)")
+    parser.add_argument("--data-root", default="", help="folder of the data set (default: under data/)")
+    parser.add_argument(
+        "--image-size", nargs=2, type=int, default=[256, 256], metavar="PIXELS", help="(default: 256 256)"
+    )
+    parser.add_argument("--bank", type=int, default=5000, help="features that are remembered (default: 5000)")
+    parser.add_argument("--backbone", default="", help="also judge this one, at twice the image size (default: none)")
+    parser.add_argument("--backbone-weights", default="", help="a local file (default: as published)")
+    parser.add_argument("--seed", type=int, default=0, help="of the remembered features (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+
+
+def probe(options: argparse.Namespace) -> int:
+    """Judge a teacher's features by nearest neighbours on a data set, beside those of an untrained network."""
+    from effad_lib.batch import from_project
+    from effad_lib.datasets import load_dataset
+    from effad_lib.distillation import TEACHERS
+    from effad_lib.probing import compare
+    from effad_lib.settings import pick_device
+
+    shipped = (TEACHERS / f"pdn_{options.teacher.lower()}.safetensors").is_file()
+    root = options.data_root and from_project(options.data_root)
+    split = load_dataset(options.dataset, root=root, category=options.category, seed=options.seed)
+    table = compare(
+        options.teacher if shipped else from_project(options.teacher),
+        split,
+        tuple(options.image_size),
+        backbone=options.backbone,
+        backbone_weights=options.backbone_weights and from_project(options.backbone_weights),
+        bank=options.bank,
+        seed=options.seed,
+        device=pick_device(options.device),
+    )
+    print(f"{split.name}\n{table.round(3).to_string(na_rep='–')}")
+    return 0
+
+
 def train_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad train`."""
     from effad_lib.training import TrainingSettings
@@ -218,6 +259,7 @@ COMMANDS: dict[str, Command] = {
     "run": (run_options, run),
     "synthesize": (synthesize_options, synthesize),
     "distill": (distill_options, distill),
+    "probe": (probe_options, probe),
     "train": (train_options, train),
     "evaluate": (evaluate_options, evaluate),
     "detect": (detect_options, detect),

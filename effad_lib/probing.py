@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm.auto import tqdm
 
+from effad_lib.backbones import load_backbone
 from effad_lib.datasets import Split
 from effad_lib.detector import AnomalyMaps
-from effad_lib.distillation import channel_statistics
+from effad_lib.distillation import channel_statistics, load_teacher
 from effad_lib.evaluation import evaluate
-from effad_lib.images import Size, load_images, to_float
+from effad_lib.images import Size, check_size, load_images, to_float
+from effad_lib.networks import PDN, Normalise, initialise
 
 BLUR = 4.0
 """Deviation in pixels of the Gaussian that smooths the maps, as in PatchCore."""
@@ -100,3 +105,37 @@ def probe(
     images = load_images([sample.image for sample in split.train], image_size, description="reading good images")
     detector = NearestNeighbours.fit(extractor, images.to(device), bank=bank, seed=seed)
     return evaluate(detector, split.test).metrics()
+
+
+def compare(
+    teacher: str | Path,
+    split: Split,
+    image_size: Size,
+    *,
+    backbone: str = "",
+    backbone_weights: str | Path = "",
+    bank: int = 5000,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> pd.DataFrame:
+    """Return the metrics of a teacher's features between those of an untrained PDN and, if named, of a backbone.
+
+    `teacher` is a size or a file, see `load_teacher`; the backbone sees images of twice the size, as in Algorithm 3.
+    """
+    height, width = check_size(image_size)
+    distilled, card = load_teacher(teacher, padding=True)
+    expert = load_backbone(backbone, backbone_weights, width=distilled.out_channels) if backbone else None
+    torch.manual_seed(seed)
+    untrained = PDN(distilled.size, distilled.out_channels, padding=True).requires_grad_(False)
+    initialise(untrained, torch.randn(4, 3, 128, 128))
+    rows = {
+        f"untrained {card['network']}": (nn.Sequential(Normalise(), untrained), (height, width)),
+        f"teacher {card['network']}": (nn.Sequential(Normalise(), distilled), (height, width)),
+    }
+    if expert is not None:
+        rows[f"backbone {backbone}"] = expert, (2 * height, 2 * width)
+    found = {
+        name: probe(network.eval().to(device), split, size, bank=bank, seed=seed)
+        for name, (network, size) in rows.items()
+    }
+    return pd.DataFrame.from_dict(found, orient="index", dtype=float)

@@ -30,7 +30,7 @@ def teacher(tmp_path):
     path.parent.mkdir()
     torch.manual_seed(0)
     save_file(PDN("XS", 8).state_dict(), path)
-    card = {"size": "XS", "channels": 8, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    card = {"network": "PDN-XS", "size": "XS", "channels": 8, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     path.with_suffix(".json").write_text(json.dumps(card))
     return path
 
@@ -139,6 +139,9 @@ def test_paths_are_seen_from_where_one_is(monkeypatch, tmp_path):
         (["train", "--device", "gpu"], "device = 'gpu': not available here"),
         (["distill", "--size", "XL"], "unknown network size 'XL'"),
         (["distill", "--backbone", "resnet81"], "resnet81"),
+        (["probe", "nothing.pth"], r"there is no .*nothing\.pth"),
+        (["probe", "XS", "--image-size", "32", "32"], "at least 64 pixels"),
+        (["probe", "XS", "--backbone", "resnet81"], "resnet81"),
         (["synthesize", "bored", "x"], "bored.*board"),
         (["synthesize", "board", "x", "--severity", "0", "2"], "severity"),
         (["run", "--profile", "quik"], "unknown profile 'quik'.*Did you mean 'quick'"),
@@ -235,6 +238,15 @@ def test_train_evaluate_and_detect(teacher, product, tmp_path, capsys, monkeypat
     before = (run / "model.safetensors").read_bytes()
     assert "steps: 2 there, 3 now" in failure(capsys, "train", *arguments, "--steps", "3")
     assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_probe_judges_a_teacher(teacher, product, capsys):
+    arguments = f"{teacher} --dataset folder --data-root {product} --image-size 64 64 --bank 100 --device cpu"
+    assert main(["probe", *arguments.split()]) == 0
+    name, header, untrained, distilled = capsys.readouterr().out.splitlines()
+    assert name == "folder/product" and {"image_auroc", "au_pro"} < set(header.split())
+    assert untrained.startswith("untrained PDN-XS") and distilled.startswith("teacher PDN-XS")
+    assert all(0 <= float(value) <= 1 for value in distilled.split()[2:])
 
 
 def test_a_checkpoint_of_another_size_is_named(teacher, product, tmp_path, capsys):

@@ -140,6 +140,7 @@ class Distiller:
                     self.run.save_checkpoint("last", self.state(drawn))
                     saved = time.monotonic()
                 if stop and not last:
+                    self.processes.wait()  # for the first one to save: torchrun ends all as soon as one has ended
                     raise KeyboardInterrupt(f"stopped after step {self.step}; started again, the run continues there")
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
