@@ -50,6 +50,11 @@ OURS = frozenset(
 )
 """Settings of a training on which the paper has nothing to say, or that `departures` words itself."""
 
+TEACHERS_OWN = frozenset(
+    "run_folder size images backbone_weights held_out seed device checkpoint_seconds fit_views ridge".split()
+)
+"""Settings of a distillation on which the paper has nothing to say."""
+
 
 def run_profile(
     profile: str, *, runs: str | Path = "runs", force: bool = False, notebooks: str | Path = NOTEBOOKS
@@ -57,17 +62,23 @@ def run_profile(
     """Execute the notebooks of a profile into `<runs>/<profile>/<run>/` and return the table of results.
 
     All steps are checked before the first one runs; its departures from the paper are printed. A step that is done is
-    skipped, unless the source or the parameters of its notebook changed or an earlier step of the same run was done
-    anew; `force` deletes the profile's run folders first. Raises `ProfileError` or `SettingsError` for a faulty
-    profile, and `RunError` for a notebook that fails: the steps before it are kept.
+    skipped, unless its notebook, parameters or teacher changed or an earlier step of the same run was done anew;
+    `force` deletes the profile's run folders first. Raises `ProfileError` or `SettingsError` for a faulty profile, and
+    `RunError` if a folder holds a training of other settings, which is not deleted without `force`, or for a notebook
+    that fails: the steps before it are kept.
     """
     steps = load_profile(profile, runs=runs, notebooks=notebooks)
     _import_papermill()
     folders = list(dict.fromkeys(step.folder for step in steps))
     _print_departures(profile, steps)
-    if force:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders if force else ():
+        shutil.rmtree(folder, ignore_errors=True)
+    for step in steps:
+        try:
+            if not step.done:
+                step.check()
+        except RunError as error:
+            raise RunError(f"{error} Or do all of this profile anew: effad run --profile {profile} --force") from error
     began, renewed = time.monotonic(), set()
     for number, step in enumerate(steps, 1):
         title = f"[{number}/{len(steps)}] {step.source.stem} → {from_project(step.folder)}"
@@ -99,14 +110,16 @@ def departures(settings: TrainingSettings) -> dict[str, tuple[Any, Any]]:
     if settings.size == "M":  # the paper's other size
         del found["size"]
     card = load_teacher(settings.teacher or settings.size, padding=settings.padding)[1]
-    made, original = card.get("settings", {}), DistillationSettings()
-    backbone, steps, photographs = made.get("backbone", "?"), made.get("steps", "?"), card.get("photographs", "?")
-    if (backbone, steps) != (original.backbone, original.steps) or (photographs != "?" and photographs < 1_000_000):
-        found["teacher"] = (
-            f"from {original.backbone}, {original.steps} steps on ImageNet",
-            f"from {backbone}, {steps} steps on {photographs} photographs",
-        )
-    packaged = f"{len(packaged_photographs())} photographs inside installed packages"
+    if made := card.get("settings"):
+        original = DistillationSettings().as_dict()
+        changed = [f"{n} {made[n]}" for n in original if n in made and n not in TEACHERS_OWN and made[n] != original[n]]
+        if (photographs := card.get("photographs", 0)) < 1_000_000:
+            changed.append(f"{photographs} photographs")
+    else:
+        changed = ["a file without a card"]
+    if changed:
+        found["teacher"] = ("Algorithm 3 on ImageNet", ", ".join(changed))
+    packaged = f"{len(packaged_photographs())} photographs inside installed packages, random crops"
     found["penalty_images"] = ("ImageNet", Path(settings.penalty_images).name or packaged)
     return found
 

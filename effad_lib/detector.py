@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effad_lib import __version__
 from effad_lib.images import Size, check_size
 from effad_lib.networks import PDN, Autoencoder, Normalise
-from effad_lib.runs import write_with
+from effad_lib.runs import write_bytes
 from effad_lib.settings import SettingsError
 
 CARD_FIELDS = ("size", "channels", "padding", "image_size")
@@ -95,7 +95,7 @@ class EfficientAD(nn.Module):
         self.card = json.loads(json.dumps(card))
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         metadata = {"effad_card": json.dumps(self.card)}
-        return write_with(path, lambda partial: save_file(weights, partial, metadata=metadata))
+        return write_bytes(path, save(weights, metadata))
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> EfficientAD:

@@ -18,9 +18,10 @@ from effad_lib.distillation import channel_statistics, load_teacher
 from effad_lib.evaluation import evaluate
 from effad_lib.images import Size, check_size, load_images, to_float
 from effad_lib.networks import PDN, Normalise, initialise
+from effad_lib.settings import SettingsError
 
-BLUR = 4.0
-"""Deviation in pixels of the Gaussian that smooths the maps, as in PatchCore."""
+BLUR = 1.0
+"""Deviation in cells of the Gaussian that smooths the maps: 4 pixels for a PDN, and the same part of a backbone's."""
 
 
 class NearestNeighbours(nn.Module):
@@ -70,8 +71,8 @@ class NearestNeighbours(nn.Module):
         rows = features.permute(0, 2, 3, 1).reshape(-1, channels)
         nearest = torch.cat([torch.cdist(part, self.bank).amin(dim=1) for part in rows.split(4096)])
         distances = nearest.view(count, 1, height, width) / channels**0.5
-        maps = F.interpolate(distances, images.shape[-2:], mode="bilinear")
-        maps = gaussian_blur(maps, 2 * round(3 * BLUR) + 1, BLUR)
+        smooth = gaussian_blur(distances, 2 * round(3 * BLUR) + 1, BLUR)
+        maps = F.interpolate(smooth, images.shape[-2:], mode="bilinear")
         return AnomalyMaps(maps, maps, maps)
 
 
@@ -99,8 +100,13 @@ def probe(
 ) -> dict[str, float | None]:
     """Return the metrics that nearest neighbours reach with these features on a split's test images.
 
-    See `NearestNeighbours.fit`; the keys are those of `Evaluation.metrics`.
+    See `NearestNeighbours.fit`; the keys are those of `Evaluation.metrics`. Raises `SettingsError` for an empty bank or
+    a split without test images.
     """
+    if bank < 1:
+        raise SettingsError(f"bank = {bank}: takes a positive number of features.")
+    if not split.test:
+        raise SettingsError(f"{split.name} has no test images to judge by. Name another data set.")
     device = next(extractor.parameters()).device
     images = load_images([sample.image for sample in split.train], image_size, description="reading good images")
     detector = NearestNeighbours.fit(extractor, images.to(device), bank=bank, seed=seed)

@@ -15,7 +15,7 @@ import yaml
 from effad_lib.datasets import load_dataset
 from effad_lib.distillation import DistillationSettings, load_teacher
 from effad_lib.evaluation import EvaluationSettings
-from effad_lib.runs import PROJECT, resolve
+from effad_lib.runs import PROJECT, Run, resolve
 from effad_lib.settings import Settings, nearest
 from effad_lib.synthesis import SynthesisSettings
 from effad_lib.training import TrainingSettings
@@ -23,11 +23,11 @@ from effad_lib.training import TrainingSettings
 NOTEBOOKS = PROJECT / "notebooks"
 """The numbered notebooks; `profiles/<profile>.yaml` beside them."""
 
-TRAINING = "03_training"
+DISTILLATION, TRAINING = "02_teacher_distillation", "03_training"
 SETTINGS: dict[str, type[Settings]] = {
     "00_overview": TrainingSettings,
     "01_data_synthesis": SynthesisSettings,
-    "02_teacher_distillation": DistillationSettings,
+    DISTILLATION: DistillationSettings,
     TRAINING: TrainingSettings,
     "04_evaluation": EvaluationSettings,
 }
@@ -42,7 +42,8 @@ class ProfileError(ValueError):
 class Step:
     """One notebook to execute: its source, its run folder and what papermill injects.
 
-    `settings` are all parameters, the notebook's defaults included, checked; for a training `TrainingSettings`.
+    `settings` are all parameters, the notebook's defaults included, checked; for a training `TrainingSettings`, for a
+    distillation `DistillationSettings`.
     """
 
     source: Path
@@ -57,9 +58,22 @@ class Step:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What makes an executed notebook out of date when it changes: the cells' sources and the parameters."""
+        """What makes an executed notebook out of date when it changes: the cells' sources, parameters and teacher."""
         cells = [(cell["cell_type"], "".join(cell["source"])) for cell in _cells(self.source)]
-        return {"source": hashlib.sha256(json.dumps(cells).encode()).hexdigest(), "parameters": self.parameters}
+        source = hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+        return {"source": source, "parameters": self.parameters, **self.made_from}
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        """The teacher's hash for a training; {} else."""
+        if not isinstance(self.settings, TrainingSettings):
+            return {}
+        return {"teacher": load_teacher(self.settings.teacher or self.settings.size)[1]["sha256"]}
+
+    def check(self) -> None:
+        """Raise `RunError` if the folder holds a training or distillation that this step could not continue."""
+        if isinstance(self.settings, (TrainingSettings, DistillationSettings)):
+            Run(self.folder).check(self.settings, self.made_from)
 
     @property
     def done(self) -> bool:
@@ -126,7 +140,7 @@ def _step(entry: Any, notebooks: Path, folder: Path) -> Step:
         fields = {field.name for field in dataclasses.fields(SETTINGS[name])}
         values = {key: value for key, value in settings.as_dict().items() if key in fields or name == TRAINING}
         checked = SETTINGS[name].from_mapping(values)
-        settings = checked if name == TRAINING else settings
+        settings = checked if name in (TRAINING, DISTILLATION) else settings
     if isinstance(settings, TrainingSettings):
         _check_training(settings)
     return Step(source, run_folder, given, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -33,17 +34,19 @@ def resolve(path: str | Path) -> Path:
 # --- files written whole or not at all ------------------------------------------------------------------------------
 
 
-def write_with(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write` fill a temporary neighbour of `path`, then rename it: a reader sees the old file or the whole new.
+def write_bytes(path: str | Path, data: bytes | memoryview) -> Path:
+    """Write `data` to a temporary neighbour of `path`, then rename it: a reader sees the old file or the whole new one.
 
-    On failure (a full disk, Ctrl-C) the temporary file is removed and the old file stays as it was.
+    On failure (a full disk, Ctrl-C) the temporary file is removed and the old file stays as it was. What torch and
+    safetensors save is made in memory first, as their own writers report a full disk in ways of their own.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        with open(partial, "rb+") as file:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
             os.fsync(file.fileno())
         partial.chmod(0o644)
         partial.replace(path)
@@ -60,11 +63,6 @@ def write_with(path: str | Path, write: Callable[[Path], Any]) -> Path:
     return path
 
 
-def write_bytes(path: str | Path, data: bytes) -> Path:
-    """Write `data` to `path` whole or not at all."""
-    return write_with(path, lambda partial: partial.write_bytes(data))
-
-
 def write_text(path: str | Path, text: str) -> Path:
     """Write `text` (UTF-8) to `path` whole or not at all."""
     return write_bytes(path, text.encode("utf-8"))
@@ -79,8 +77,8 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 class Run:
-    """A run folder: `parameters.yaml`, `model.safetensors`, `checkpoints/`, `maps/`, `figures/`, `tensorboard/` and
-    `metrics.json`, which is written last: a run that has it is done, any other can be resumed.
+    """A run folder: `parameters.yaml`, `sources.json`, `model.safetensors`, `checkpoints/`, `maps/`, `figures/`,
+    `tensorboard/` and `metrics.json`, which is written last: a run that has it is done, any other can be resumed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -106,27 +104,44 @@ class Run:
             raise RunError(f"{self.folder} has no metrics.json: the run is not finished. Evaluate it first.")
         return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
 
-    def start(self, settings: Settings, *, may_change: tuple[str, ...] = ()) -> None:
-        """Write `parameters.yaml`, or check that the ones already there are the same.
+    @property
+    def sources(self) -> dict[str, str]:
+        """Hashes by name of the files that the run is made from, such as its teacher; {} if none are known."""
+        path = self.folder / "sources.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-        Fields named in `may_change` (those that do not change the result, such as the device) may differ. Raises
-        `RunError` naming each other difference, so that a resumed run never mixes two settings.
+    def check(self, settings: Settings, sources: dict[str, str] | None = None) -> None:
+        """Raise `RunError` naming each difference if the folder holds a run of other settings or from other `sources`.
+
+        Fields in the settings' `MAY_CHANGE`, which do not change the result, may differ. `sources` are hashes by name
+        of the files that a run is made from; None leaves them unchecked.
         """
         path = self.folder / "parameters.yaml"
-        new = settings.as_dict()
-        if path.is_file():
-            old = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            changed = {n for n in new.keys() | old.keys() if old.get(n) != new.get(n)} - set(may_change)
-            if changed:
-                what = "; ".join(f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in sorted(changed))
-                raise RunError(
-                    f"{self.folder} holds a run with other settings ({what}). Choose another run folder, or delete it."
-                )
-        write_text(path, yaml.safe_dump(new, sort_keys=False))
+        if not path.is_file():
+            return
+        old, new = yaml.safe_load(path.read_text(encoding="utf-8")) or {}, settings.as_dict()
+        changed = {n for n in new.keys() | old.keys() if old.get(n) != new.get(n)} - settings.MAY_CHANGE
+        what = [f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in sorted(changed)]
+        for name, digest in (sources or {}).items():
+            if (made := self.sources.get(name, "unknown")) != digest:
+                what.append(f"{name}: {made[:12]} there, {digest[:12]} now")
+        if what:
+            raise RunError(
+                f"{self.folder} holds a run with other settings ({'; '.join(what)}). Choose another run folder, or "
+                f"delete it."
+            )
+
+    def start(self, settings: Settings, sources: dict[str, str] | None = None) -> None:
+        """`check` the folder, then write `parameters.yaml` and `sources.json`: a resumed run never mixes settings."""
+        self.check(settings, sources)
+        write_text(self.folder / "parameters.yaml", yaml.safe_dump(settings.as_dict(), sort_keys=False))
+        write_json(self.folder / "sources.json", sources or {})
 
     def save_checkpoint(self, name: str, state: dict[str, Any]) -> Path:
         """Save `state` (tensors and plain types only) as `checkpoints/<name>.pt`, whole or not at all."""
-        return write_with(self.folder / "checkpoints" / f"{name}.pt", lambda partial: torch.save(state, partial))
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        return write_bytes(self.folder / "checkpoints" / f"{name}.pt", buffer.getbuffer())
 
     def load_checkpoint(self, name: str = "last") -> dict[str, Any] | None:
         """Return the checkpoint `name`, or None if there is none; nothing is unpickled (`weights_only=True`)."""

@@ -40,6 +40,9 @@ class Settings:
     asked for, a list where a tuple is. Subclasses check values in `check`. Raises `SettingsError`.
     """
 
+    MAY_CHANGE: typing.ClassVar[frozenset[str]] = frozenset()
+    """Names of fields that do not change a run's result: a run may be continued with others."""
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):

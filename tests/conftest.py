@@ -1,5 +1,7 @@
 """What several rooms' tests share: a small detector, calibrated but untrained, and pictures to show it."""
 
+import contextlib
+import resource
 import signal
 
 import numpy as np
@@ -12,6 +14,22 @@ from effad_lib.detector import EfficientAD
 
 # Started in the background by a shell, the tests and all that they start would be deaf to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file can grow beyond so many bytes: the system itself refuses, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(scope="session")

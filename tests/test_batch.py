@@ -193,10 +193,7 @@ def test_departures_are_computed_from_settings_and_card(teachers):
     assert found["steps"] == (70_000, 500) and found["batch_size"] == (1, 2)
     assert found["image_size"] == ([256, 256], [64, 96])
     assert found["size"] == ("S", "XS") and found["weight_penalty"] == (1.0, 0.0)
-    assert found["teacher"] == (
-        "from wide_resnet101_2, 60000 steps on ImageNet",
-        "from efficientnet_lite2, 60000 steps on 1000 photographs",
-    )
+    assert found["teacher"] == ("Algorithm 3 on ImageNet", "backbone efficientnet_lite2, 1000 photographs")
 
 
 def test_every_training_setting_is_the_papers_or_ours():
@@ -215,6 +212,26 @@ def test_without_a_teacher_there_is_no_training(tmp_path, monkeypatch):
     monkeypatch.setattr(distillation.teachers, "TEACHERS", tmp_path)
     with pytest.raises(SettingsError, match="Others are made by `effad distill`"):
         departures(TrainingSettings())
+
+
+def test_a_folder_with_another_training_is_found_before_anything_runs(notebooks, teachers, tmp_path):
+    cell = "\n".join(
+        f"{n} = {list(v) if isinstance(v, tuple) else v!r}" for n, v in TrainingSettings().as_dict().items()
+    )
+    profile = "- {notebook: one, run: a}\n- {notebook: 03_training, run: b, parameters: {size: XS}}"
+    folder = notebooks(profile, one=(PARAMETERS, LOGGING), **{"03_training": (cell,)})
+    *_, training = load_profile("mine", runs=tmp_path / "runs", notebooks=folder)
+    run = Run(training.folder)
+    run.start(training.settings, training.made_from)
+    training.check()
+    notebooks(profile.replace("XS", "XS, steps: 5"))
+    with pytest.raises(RunError, match=r"steps: 70000 there, 5 now.*--profile mine --force"):
+        run_profile("mine", runs=tmp_path / "runs", notebooks=folder)
+    notebooks(profile)
+    teachers(channels=16)
+    with pytest.raises(RunError, match=r"teacher: \w{12} there, \w{12} now"):
+        run_profile("mine", runs=tmp_path / "runs", notebooks=folder)
+    assert log(tmp_path, "a") == 0
 
 
 # --- running --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -129,15 +130,21 @@ def torchrun(settings: DistillationSettings, processes: int) -> subprocess.Compl
     )
 
 
-def test_two_processes_distil_what_one_does(settings):
+def test_two_processes_distil_what_one_does(settings, given, tmp_path):
     """Each takes half of every batch; a photograph that one of them cannot read does not part their ways."""
-    alone = distil(settings("alone", batch_size=4, steps=5))
-    shared = settings("shared", batch_size=4, steps=5, device="cpu", checkpoint_seconds=0.0)
+    shutil.copytree(given / "photographs", tmp_path / "photographs")
+    (tmp_path / "photographs" / "3.png").write_bytes(b"not an image")
+    changes = {"batch_size": 4, "steps": 5, "images": str(tmp_path / "photographs"), "device": "cpu"}
+    with pytest.warns(UserWarning, match="left out"):
+        alone = distil(settings("alone", **changes))
+    shared = settings("shared", checkpoint_seconds=0.0, **changes)
     done = torchrun(shared, 2)
     assert done.returncode == 0, done.stderr
     one, other = (load_file(run.folder / "teacher.safetensors") for run in (alone, Run(shared.run_folder)))
     for name in one:
         torch.testing.assert_close(one[name].float(), other[name].float(), rtol=1e-2, atol=2e-3)
+    cards = [json.loads((run.folder / "teacher.json").read_text()) for run in (alone, Run(shared.run_folder))]
+    assert [card["photographs"] for card in cards] == [7, 7]
     assert Run(shared.run_folder).metrics["losses"] == pytest.approx(alone.metrics["losses"], rel=1e-3)
 
 
@@ -192,6 +199,8 @@ def test_unreadable_photographs_are_left_out(settings, given, tmp_path):
         ({"steps": 0}, "steps = 0"),
         ({"learning_rate": "1e-3"}, "write 1.0e-4"),
         ({"grayscale": 1.5}, "probability"),
+        ({"padding": True}, "False with initialisation = 'fitted'"),
+        ({"weight_decay": -1.0}, "weight_decay"),
     ],
 )
 def test_impossible_settings_are_named(settings, change, message):
@@ -210,6 +219,14 @@ def test_resume_with_other_settings_is_refused(settings):
     distil(settings())
     with pytest.raises(RunError, match="learning_rate"):
         distil(settings(learning_rate=2e-3))
+
+
+def test_resume_on_other_photographs_is_refused(settings, given, tmp_path):
+    distil(settings())
+    shutil.copytree(given / "photographs", tmp_path / "photographs")
+    (tmp_path / "photographs" / "0.png").rename(tmp_path / "photographs" / "other.png")
+    with pytest.raises(RunError, match="photographs: "):
+        distil(settings(images=str(tmp_path / "photographs")))
 
 
 def test_altered_or_unfit_teachers_are_refused(settings, tmp_path):

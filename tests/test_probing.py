@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors as Reference
 from torch import nn
 from torch.nn import functional as F
 
-from effad_lib.probing import NearestNeighbours, spread_out
+from effad_lib.datasets import Sample, Split
+from effad_lib.probing import NearestNeighbours, probe, spread_out
+from effad_lib.settings import SettingsError
 
 
 class Pixels(nn.Module):
@@ -47,6 +50,14 @@ def test_remembered_images_are_normal_and_a_spot_is_not():
     assert maps.score.min() > 1
     rows, columns = np.unravel_index(maps.combined[0, 0].argmax().item(), (64, 64))
     assert 38 <= rows <= 49 and 14 <= columns <= 25
+
+
+def test_what_cannot_be_judged_is_named(tmp_path):
+    sample = Sample(tmp_path / "a.png", None, 0, "good")
+    with pytest.raises(SettingsError, match="bank = 0"):
+        probe(Pixels(), Split("own", (sample,), (), (sample,)), (64, 64), bank=0)
+    with pytest.raises(SettingsError, match="own has no test images"):
+        probe(Pixels(), Split("own", (sample,), (), ()), (64, 64))
 
 
 def test_the_bank_is_spread_out_and_the_seed_decides():

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from effad_lib import runs
-from effad_lib.runs import PROJECT, Run, RunError, finish_step_on_interrupt, resolve, write_json, write_text, write_with
+from effad_lib.runs import (
+    PROJECT,
+    Run,
+    RunError,
+    finish_step_on_interrupt,
+    resolve,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from effad_lib.settings import Settings
 
 
@@ -21,8 +30,9 @@ class Example(Settings):
     device: str = "cpu"
 
 
-def full_disk(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@dataclass(frozen=True)
+class Movable(Example):
+    MAY_CHANGE = frozenset({"device"})
 
 
 def test_relative_paths_are_the_projects(tmp_path, monkeypatch):
@@ -40,30 +50,27 @@ def test_writing_makes_folders_and_leaves_nothing_else(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("failure", [full_disk, KeyboardInterrupt], ids=["full disk", "Ctrl-C"])
-def test_a_failed_write_leaves_the_old_file(tmp_path, failure):
+def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):
     path = write_text(tmp_path / "kept.txt", "old")
-
-    def write(partial):
-        partial.write_text("half of the ne")
-        full_disk() if failure is full_disk else (_ for _ in ()).throw(failure())
-
-    with pytest.raises(RunError if failure is full_disk else KeyboardInterrupt) as error:
-        write_with(path, write)
+    with full_disk(1000), pytest.raises(RunError, match=r"cannot write .*kept.txt: File too large \(\d+ MB free"):
+        write_bytes(path, bytes(10_000))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-    if failure is full_disk:
-        assert "kept.txt" in str(error.value) and "No space left" in str(error.value) and "MB free" in str(error.value)
 
 
-def test_a_disk_that_is_full_only_at_the_end_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def test_a_write_that_fails_only_at_the_end_leaves_the_old_file(tmp_path, monkeypatch, failure):
+    def fail(_):
+        raise failure
+
     path = write_text(tmp_path / "kept.txt", "old")
-    monkeypatch.setattr(runs.os, "fsync", full_disk)
-    with pytest.raises(RunError, match="No space left"):
+    monkeypatch.setattr(runs.os, "fsync", fail)
+    with pytest.raises(RunError if isinstance(failure, OSError) else KeyboardInterrupt) as error:
         write_text(path, "new")
     monkeypatch.undo()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+    assert not isinstance(failure, OSError) or "No space left" in str(error.value)
 
 
 def test_json_without_nan(tmp_path):
@@ -92,7 +99,20 @@ def test_a_run_is_continued_with_its_own_settings_only(tmp_path):
     with pytest.raises(RunError, match="device"):
         run.start(Example(device="cuda"))
     assert (tmp_path / "parameters.yaml").read_text() == before
-    run.start(Example(device="cuda"), may_change=("device",))
+    run.start(Movable(device="cpu"))
+    run.start(Movable(device="cuda"))
+
+
+def test_a_run_is_continued_from_its_own_sources_only(tmp_path):
+    run = Run(tmp_path)
+    run.start(Example(), {"teacher": "a" * 64})
+    run.start(Example(), {"teacher": "a" * 64})
+    with pytest.raises(RunError, match="teacher: aaaaaaaaaaaa there, bbbbbbbbbbbb now"):
+        run.start(Example(), {"teacher": "b" * 64})
+    assert run.sources == {"teacher": "a" * 64}
+    (tmp_path / "sources.json").unlink()
+    with pytest.raises(RunError, match="teacher: unknown there"):
+        run.start(Example(), {"teacher": "a" * 64})
 
 
 def test_a_parameter_that_did_not_exist_then_is_another_setting(tmp_path):
@@ -111,18 +131,11 @@ def test_checkpoints_come_back_as_they_were(tmp_path):
     assert torch.equal(back["weights"], state["weights"]) and torch.equal(back["generator"], state["generator"])
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, full_disk):
     run = Run(tmp_path)
     run.save_checkpoint("last", {"step": 1})
-
-    def half(_, partial):
-        partial.write_bytes(b"half")
-        full_disk()
-
-    monkeypatch.setattr(runs.torch, "save", half)
-    with pytest.raises(RunError, match=r"cannot write .*last.pt"):
-        run.save_checkpoint("last", {"step": 2})
-    monkeypatch.undo()
+    with full_disk(10_000), pytest.raises(RunError, match=r"cannot write .*last.pt"):
+        run.save_checkpoint("last", {"step": 2, "weights": torch.zeros(10_000)})
     assert run.load_checkpoint("last") == {"step": 1}
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.pt"]
 

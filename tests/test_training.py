@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from effad_lib import training
 from effad_lib.backbones import file_sha256
-from effad_lib.datasets import load_dataset
+from effad_lib.datasets import DatasetError, load_dataset
 from effad_lib.detector import EfficientAD
 from effad_lib.images import ImageError
 from effad_lib.networks import PDN
@@ -56,7 +57,7 @@ def start(tmp_path, stripes, teacher):
     """Train with small settings in a named run folder; keyword arguments change the settings."""
     split = load_dataset("folder", root=stripes)
 
-    def start(name: str, **changes) -> tuple[EfficientAD, Run]:
+    def start(name: str, split=split, **changes) -> tuple[EfficientAD, Run]:
         values = {"steps": 12, "validate_every": 4, "checkpoint_every": 4, "learning_rate": 1e-3, **changes}
         settings = TrainingSettings(
             run_folder=str(tmp_path / name),
@@ -150,6 +151,18 @@ def test_best_checkpoint_becomes_the_model_when_asked(start, monkeypatch):
     assert torch.equal(detector.student.head.weight, best["student"]["head.weight"])
 
 
+def test_a_training_out_of_patience_takes_no_further_step(start, monkeypatch):
+    losses = iter([1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(training.Trainer, "validation_losses", lambda self: (next(losses), 0.0, 0.0))
+    calibrate = training.calibrate
+    monkeypatch.setattr(training, "calibrate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        start("run", patience=1, steps=20)
+    monkeypatch.setattr(training, "calibrate", calibrate)
+    detector, _ = start("run", patience=1, steps=20)
+    assert detector.card["steps"] == 8
+
+
 def test_patience_stops_when_the_validation_loss_does_not_improve(start, monkeypatch):
     losses = iter([1.0, 0.9, 0.95, 0.99, 0.5])
     monkeypatch.setattr(training.Trainer, "validation_losses", lambda self: (next(losses), 0.0, 0.0))
@@ -208,6 +221,34 @@ def test_loss_that_is_not_finite_stops_at_the_checkpoint_before(start, monkeypat
     assert Run(tmp_path / "run").load_checkpoint("last")["step"] == 4
 
 
+def test_another_teacher_neither_continues_nor_passes_as_the_first(start, teacher):
+    start("run")
+    card = json.loads(teacher.with_suffix(".json").read_text())
+    torch.manual_seed(5)
+    save_file(PDN("XS", CHANNELS).state_dict(), teacher)
+    digest = file_sha256(teacher)
+    teacher.with_suffix(".json").write_text(json.dumps(card | {"sha256": digest}))
+    with pytest.raises(RunError, match=r"teacher: \w{12} there, \w{12} now"):
+        start("run")
+
+
+def test_a_mask_that_does_not_fit_is_an_error_before_any_step(start, stripes, monkeypatch):
+    monkeypatch.setattr(training.Trainer, "train_step", lambda self: pytest.fail("trained"))
+    for folder, name, size in (("test/cut", "0.png", SIDE), ("ground_truth/cut", "0_mask.png", 2 * SIDE)):
+        (stripes / folder).mkdir(parents=True)
+        Image.fromarray(np.full((size, size), 255, np.uint8)).save(stripes / folder / name)
+    (stripes / "test" / "good").mkdir()
+    (stripes / "test" / "good" / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(DatasetError, match=r"1 of 1 samples are faulty\.\n.*0_mask\.png"):
+        start("run", split=load_dataset("folder", root=stripes))
+
+
+def test_photographs_in_packages_are_cropped_and_a_folder_is_shown_as_in_the_paper():
+    assert TrainingSettings().penalty_crops == (0.05, 0.5)
+    assert TrainingSettings(penalty_images="photographs").penalty_crops is None
+    assert TrainingSettings(penalty_images="photographs", penalty_crop_scale=[0.1, 0.2]).penalty_crops == (0.1, 0.2)
+
+
 def test_corrupt_training_image_is_an_error_before_any_step(start, stripes, monkeypatch):
     monkeypatch.setattr(training.Trainer, "train_step", lambda self: pytest.fail("trained"))
     for path in (stripes / "train" / "good").glob("*.png"):
@@ -216,16 +257,15 @@ def test_corrupt_training_image_is_an_error_before_any_step(start, stripes, monk
         start("run")
 
 
-def test_full_disk_is_reported_and_keeps_the_last_checkpoint(start, monkeypatch, tmp_path):
-    save = torch.save
+def test_full_disk_is_reported_and_keeps_the_last_checkpoint(start, monkeypatch, tmp_path, full_disk):
+    save = Run.save_checkpoint
 
-    def full(state, path, *args):
-        if state["step"] > 4:
-            raise OSError(28, "No space left on device")
-        save(state, path, *args)
+    def fuller(self, name, state):
+        with full_disk(100_000) if state["step"] > 4 else contextlib.nullcontext():
+            return save(self, name, state)
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunError, match="No space left"):
+    monkeypatch.setattr(Run, "save_checkpoint", fuller)
+    with pytest.raises(RunError, match=r"cannot write .*\.pt: File too large"):
         start("run")
     monkeypatch.undo()
     assert Run(tmp_path / "run").load_checkpoint("last")["step"] == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "load_dataset",
     "register",
     "verify",
+    "verify_masks",
 ]
 
 FEWEST_TRAIN = 10
@@ -69,17 +71,32 @@ def verify(split: Split) -> None:
     Raises one `DatasetError` that lists the first few faults: unreadable, 16-bit or CMYK images, masks of
     another size than their image, and masks of defective images in which nothing is marked.
     """
-    samples = [*split.train, *split.validation, *split.test]
+    _raise_faults(split, [*split.train, *split.validation, *split.test], _fault)
+
+
+def verify_masks(split: Split) -> None:
+    """Check every mask of a split against its image; as `verify`, but images that cannot be read are passed over.
+
+    For a training: a test image that is broken will be skipped and reported, a mask that does not fit is a mistake.
+    """
+    masked = [sample for sample in split.test if sample.mask]
+    _raise_faults(split, masked, lambda sample: _fault(sample, masks_only=True))
+
+
+def _raise_faults(split: Split, samples: list[Sample], fault: Callable[[Sample], str | None]) -> None:
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        progress = tqdm(pool.map(_fault, samples), total=len(samples), desc="checking images", leave=False)
-        faults = [fault for fault in progress if fault]
+        progress = tqdm(pool.map(fault, samples), total=len(samples), desc="checking images", leave=False)
+        faults = [found for found in progress if found]
     if faults:
         raise DatasetError(f"{split.name}: {len(faults)} of {len(samples)} samples are faulty.{listed(faults)}")
 
 
-def _fault(sample: Sample) -> str | None:
+def _fault(sample: Sample, masks_only: bool = False) -> str | None:
     try:
         shape = read_image(sample.image).shape[1:]
+    except ImageError as error:
+        return None if masks_only else str(error)
+    try:
         if sample.mask and not read_mask(sample.mask, shape).any() and sample.label:
             return f"{sample.mask}: an empty mask, no value reaches 128. Save 0 for good, 255 for defective."
     except ImageError as error:

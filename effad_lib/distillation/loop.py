@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from effad_lib.backbones import load_backbone
+from effad_lib.backbones import file_sha256, load_backbone
 from effad_lib.distillation.processes import Processes, joined
 from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation
@@ -62,7 +64,7 @@ def distil(settings: DistillationSettings) -> Run:
         natural.paths = [path for index, path in enumerate(natural.paths) if index not in set(chosen)]
         backbone = load_backbone(settings.backbone, settings.backbone_weights, width=settings.channels).to(device)
         if processes.rank == 0:
-            run.start(settings, may_change=("run_folder", "device", "backbone_weights", "images", "checkpoint_seconds"))
+            run.start(settings, _sources(settings, folder, [*natural.paths, *held_out.paths]))
         processes.wait()
         if not run.done:
             views = Views(settings, natural, backbone)
@@ -90,6 +92,7 @@ class Distiller:
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []  # the mean of each LOG_EVERY steps
         self.recent: list[Tensor] = []  # the losses of the steps since then
+        self.unreadable: set[int] = set()  # photographs that no process could read
         state = run.load_checkpoint("last")
         if state is None:
             self._prepare()
@@ -139,6 +142,8 @@ class Distiller:
                 if first and (stop or due or last):
                     self.run.save_checkpoint("last", self.state(drawn))
                     saved = time.monotonic()
+                if last:
+                    self.unreadable = self.processes.union(set(self.views.natural.skipped))
                 if stop and not last:
                     self.processes.wait()  # for the first one to save: torchrun ends all as soon as one has ended
                     raise KeyboardInterrupt(f"stopped after step {self.step}; started again, the run continues there")
@@ -217,13 +222,13 @@ class Distiller:
         metrics["held_out_loss"] = self.held_out_loss(held_out) if len(held_out) else None
         metrics["seconds"] = round(self.seconds, 1)
         metrics["losses"] = self.losses
-        photographs = len(self.views.natural) - len(self.views.natural.skipped)
+        photographs = len(self.views.natural) - len(self.unreadable)
         save_teacher(self.run, self.settings, self.pdn, metrics, photographs)
         self.run.finish(metrics | {"steps": self.settings.steps})
 
     @torch.no_grad()
     def held_out_loss(self, held_out: NaturalImages) -> float:
-        """Return the mean loss over fixed views, two for each photograph that training never saw."""
+        """Return the mean loss over fixed views of photographs that training never saw, about two for each."""
         generator = torch.Generator().manual_seed(2)
         views = Views(self.settings, held_out, self.views.backbone)
         batch, losses = self.settings.batch_size, []
@@ -231,6 +236,16 @@ class Distiller:
             images, targets = views.draw(batch, generator, self.device)
             losses.append(F.mse_loss(self.pdn(images), (targets - self.mean) / self.std).item())
         return sum(losses) / len(losses)
+
+
+def _sources(settings: DistillationSettings, folder: Path | str, photographs: list[Path]) -> dict[str, str]:
+    """Return what a distillation is made from: the hash of the backbone's file and of the photographs' names."""
+    weights = settings.backbone_weights
+    names = "\n".join(sorted(str(path.relative_to(folder)) if folder else path.name for path in photographs))
+    return {
+        "backbone": file_sha256(resolve(weights)) if weights else "as published",
+        "photographs": hashlib.sha256(names.encode()).hexdigest(),
+    }
 
 
 @contextmanager
@@ -241,7 +256,7 @@ def _board(run: Run, step: int, first: bool) -> Iterator[Callable[[str, float, i
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(run.folder / "tensorboard", purge_step=step) as board:
+    with SummaryWriter(run.folder / "tensorboard", purge_step=step + 1) as board:
         yield board.add_scalar
 
 

@@ -48,6 +48,14 @@ class Processes:
         """Whether the flag is set in any process, so that all of them stop at the same step."""
         return bool(self.mean(torch.tensor(float(flag), device=device))) if self.count > 1 else flag
 
+    def union(self, items: set[int]) -> set[int]:
+        """Return the union of the sets of all processes."""
+        if self.count == 1:
+            return items
+        gathered: list[set[int]] = [set()] * self.count
+        distributed.all_gather_object(gathered, items)
+        return set().union(*gathered)
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.count > 1:

@@ -14,6 +14,8 @@ from effad_lib.settings import PRECISIONS, Settings, pick_device
 class DistillationSettings(Settings):
     """Settings of a distillation; the defaults are the paper's (Algorithm 3)."""
 
+    MAY_CHANGE = frozenset({"run_folder", "device", "backbone_weights", "images", "checkpoint_seconds"})
+
     run_folder: str = "runs/distillation"
     size: str = "S"
     channels: int = 384
@@ -52,6 +54,12 @@ class DistillationSettings(Settings):
         self.require(self.ridge > 0, "ridge", "a number above 0")
         self.require(0 < self.learning_rate < 1, "learning_rate", "a number between 0 and 1")
         self.require(self.schedule in ("constant", "cosine"), "schedule", "'constant' or 'cosine'")
+        self.require(
+            self.initialisation == "default" or not self.padding,
+            "padding",
+            "False with initialisation = 'fitted', which regresses on cells with a full field",
+        )
+        self.require(0 <= self.weight_decay < 1, "weight_decay", "a number from 0 to below 1")
         self.require(self.initialisation in ("default", "fitted"), "initialisation", "'default' or 'fitted'")
         self.require(0 <= self.grayscale <= 1, "grayscale", "a probability in [0, 1]")
         crop = self.crop_scale

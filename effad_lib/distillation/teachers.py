@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from effad_lib import __version__
 from effad_lib.backbones import file_sha256, read_weights
 from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.networks import PDN, PDN_LAYERS, Conv
-from effad_lib.runs import PROJECT, Run, resolve, write_json, write_with
+from effad_lib.runs import PROJECT, Run, resolve, write_bytes, write_json
 from effad_lib.settings import SettingsError
 
 TEACHERS = PROJECT / "data" / "teachers"
@@ -26,17 +26,16 @@ TEACHERS = PROJECT / "data" / "teachers"
 def save_teacher(run: Run, settings: DistillationSettings, pdn: PDN, metrics: dict[str, Any], photographs: int) -> None:
     """Write `teacher.safetensors`, in half precision, and its card `teacher.json` into the run's folder."""
     weights = {name: value.detach().half().contiguous().cpu() for name, value in pdn.state_dict().items()}
-    path = write_with(run.folder / "teacher.safetensors", lambda partial: save_file(weights, partial))
+    path = write_bytes(run.folder / "teacher.safetensors", save(weights))
     # Names, not paths: a card travels.
     named = replace(settings, backbone_weights=Path(settings.backbone_weights).name, images=Path(settings.images).name)
-    local = resolve(settings.backbone_weights) if settings.backbone_weights else None
     card = {
         "network": f"PDN-{settings.size}",
         "size": settings.size,
         "channels": settings.channels,
         "sha256": file_sha256(path),
         "photographs": photographs,
-        "backbone_sha256": file_sha256(local) if local else "as published",
+        "backbone_sha256": run.sources["backbone"],
         **{name: value for name, value in metrics.items() if name != "losses"},
         "command": f"effad distill {named.as_options(leave_out=('run_folder', 'device', 'checkpoint_seconds'))}",
         "settings": {name: value for name, value in named.as_dict().items() if name not in ("run_folder", "device")},

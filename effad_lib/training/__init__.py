@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from effad_lib.calibration import calibrate
-from effad_lib.datasets import Split
+from effad_lib.datasets import Split, verify_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import load_teacher
 from effad_lib.images import NaturalImages, load_images
@@ -42,9 +42,10 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
         raise SettingsError(
             f"teacher {settings.teacher}: of size {teacher.size}, the training of size {settings.size}."
         )
-    run.start(settings, may_change=("run_folder", "device", "data_root", "penalty_images", "teacher"))
+    run.start(settings, {"teacher": teacher_card["sha256"]})
     if run.model.is_file():
         return EfficientAD.load(run.model, device)
+    verify_masks(split)
     natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
     size = tuple(settings.image_size)
     torch.manual_seed(settings.seed)

@@ -9,10 +9,15 @@ from effad_lib.images import check_size
 from effad_lib.networks import check_network
 from effad_lib.settings import PRECISIONS, Settings, pick_device
 
+PACKAGED_CROPS = (0.05, 0.5)
+"""Random crops of the photographs inside installed packages: fourteen fixed views would soon be known by heart."""
+
 
 @dataclass(frozen=True)
 class TrainingSettings(Settings):
     """Settings of a training; the defaults are the paper's (Algorithm 1), on the first synthetic product."""
+
+    MAY_CHANGE = frozenset({"run_folder", "device", "data_root", "penalty_images", "teacher"})
 
     run_folder: str = "runs/training"
     dataset: str = "synthetic"  # mvtec_ad, folder, elpv, synthetic, or one registered by the user
@@ -34,7 +39,7 @@ class TrainingSettings(Settings):
     weight_autoencoder: float = 1.0
     weight_student_autoencoder: float = 1.0
     penalty_images: str = ""  # folder of natural images; "" takes the photographs inside installed packages
-    penalty_crop_scale: list[float] = ()  # [] as in the paper; [low, high] random crops of this share of the area
+    penalty_crop_scale: list[float] = ()  # [low, high]: random crops of this share; [] see `penalty_crops`
     validation_share: float = 0.1  # of the training images, held out for calibration and checkpoints
     validate_every: int = 1000  # steps between validation losses
     patience: int = 0  # stop after so many validations without a better loss; 0 never does
@@ -52,6 +57,7 @@ class TrainingSettings(Settings):
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
             self.require(getattr(self, name) >= 1, name, "a whole number of at least 1")
         self.require(0 < self.learning_rate < 1, "learning_rate", "a number between 0 and 1")
+        self.require(0 <= self.weight_decay < 1, "weight_decay", "a number from 0 to below 1")
         self.require(self.schedule in ("step", "cosine", "constant"), "schedule", "'step', 'cosine' or 'constant'")
         self.require(self.initialisation in ("default", "scaled"), "initialisation", "'default' or 'scaled'")
         self.require(0 <= self.hard_quantile < 1, "hard_quantile", "a share in [0, 1)")
@@ -66,3 +72,14 @@ class TrainingSettings(Settings):
         self.require(self.checkpoint in ("last", "best"), "checkpoint", "'last' or 'best'")
         self.require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
         pick_device(self.device)
+
+    @property
+    def penalty_crops(self) -> tuple[float, float] | None:
+        """The share of a photograph's area in a random crop for the penalty; None for the paper's centre crop.
+
+        A folder of photographs is shown as in the paper unless `penalty_crop_scale` says otherwise; of the few in
+        installed packages, random crops make more.
+        """
+        if self.penalty_crop_scale:
+            return tuple(self.penalty_crop_scale)
+        return None if self.penalty_images else PACKAGED_CROPS

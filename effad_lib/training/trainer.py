@@ -93,10 +93,10 @@ class Trainer:
         settings, began = self.settings, time.monotonic() - self.seconds
         with (
             finish_step_on_interrupt() as interrupted,
-            SummaryWriter(self.run.folder / "tensorboard", purge_step=self.step) as board,
+            SummaryWriter(self.run.folder / "tensorboard", purge_step=self.step + 1) as board,
             tqdm(initial=self.step, total=settings.steps, desc=f"training {settings.size}", unit="step") as bar,
         ):
-            while self.step < settings.steps:
+            while self.step < settings.steps and not self.patience_is_over:
                 terms = self.train_step()
                 self.step += 1
                 bar.update()
@@ -107,15 +107,17 @@ class Trainer:
                 self.seconds = time.monotonic() - began
                 if validated:
                     self._write_board(board, self._record(terms))
-                stop = settings.patience and self.stale >= settings.patience
                 if validated or interrupted() or self.step % settings.checkpoint_every == 0:
                     self.run.save_checkpoint("last", self.state())
                 if interrupted():
                     raise KeyboardInterrupt(f"stopped after step {self.step}; started again, the run continues there")
-                if stop:
-                    break
         if settings.checkpoint == "best":
             self._load_networks(self.run.load_checkpoint("best"))
+
+    @property
+    def patience_is_over(self) -> bool:
+        """Whether as many validations as `patience` allows brought no better loss."""
+        return bool(self.settings.patience) and self.stale >= self.settings.patience
 
     def train_step(self) -> Losses:
         """Draw one batch, take one step of Adam and return the loss terms, detached."""
@@ -128,7 +130,7 @@ class Trainer:
             settings.batch_size,
             tuple(settings.image_size),
             self.generator,
-            crop_scale=tuple(settings.penalty_crop_scale) or None,
+            crop_scale=settings.penalty_crops,
         ).to(self.device)
         cached = None if self.teacher_cache is None else self.teacher_cache[chosen]
         with self.autocast:
