@@ -100,9 +100,8 @@ class Distiller:
             self.pdn.load_state_dict(state["pdn"])
             self.mean, self.std = state["mean"].to(device), state["std"].to(device)
         self.network = processes.wrap(self.pdn)
-        self.optimiser = torch.optim.Adam(
-            self.pdn.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        groups = [{"params": [*self.pdn.trunk.parameters()]}, {"params": [*self.pdn.head.parameters()]}]
+        self.optimiser = torch.optim.Adam(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         if state is not None:
             self._restore(state)
 
@@ -173,8 +172,9 @@ class Distiller:
     def train_step(self, large: Tensor) -> Tensor:
         """Take one step of Adam on views [N, 3, 2H, 2W] and return the loss, detached."""
         settings = self.settings
-        for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate * learning_rate_factor(self.step, settings.steps, settings.schedule)
+        rate = settings.learning_rate * learning_rate_factor(self.step, settings.steps, settings.schedule)
+        trunk, head = self.optimiser.param_groups
+        trunk["lr"], head["lr"] = rate, rate * settings.head_rate
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             images, targets = self.views.pair(large.to(self.device, non_blocking=True))
             loss = F.mse_loss(self.network(images), (targets - self.mean) / self.std)

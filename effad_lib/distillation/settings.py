@@ -29,6 +29,7 @@ class DistillationSettings(Settings):
     steps: int = 60_000
     batch_size: int = 16
     learning_rate: float = 1e-4
+    head_rate: float = 1.0  # factor on the last layer's learning rate; below 1 for the 4,096 inputs of S and high rates
     weight_decay: float = 1e-5
     schedule: str = "constant"  # or "cosine": 5 % warm-up, then a half cosine to zero
     initialisation: str = "default"  # or "fitted": unit-variance layers, last layer by ridge regression
@@ -59,6 +60,7 @@ class DistillationSettings(Settings):
             "padding",
             "False with initialisation = 'fitted', which regresses on cells with a full field",
         )
+        self.require(0 < self.head_rate <= 1, "head_rate", "a factor above 0 and at most 1")
         self.require(0 <= self.weight_decay < 1, "weight_decay", "a number from 0 to below 1")
         self.require(self.initialisation in ("default", "fitted"), "initialisation", "'default' or 'fitted'")
         self.require(0 <= self.grayscale <= 1, "grayscale", "a probability in [0, 1]")
