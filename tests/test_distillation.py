@@ -320,3 +320,20 @@ def test_shipped_teachers_answer_where_something_is(path):
     found = torch.stack([(change.sum(dim) * cells).sum(1) / change.sum((1, 2)) for dim in (2, 1)], dim=1)
     away = (found - (torch.tensor(corners) + 3.5)).mean(0)
     assert away.abs().max() < 1.3, f"on average {away} pixels off; half a cell is 2"
+
+
+def test_the_last_layer_may_learn_more_slowly(settings, monkeypatch):
+    rates, take_step = [], distillation.loop.Distiller.train_step
+
+    def step_and_look(self, large):
+        loss = take_step(self, large)
+        head = {id(parameter) for parameter in self.pdn.head.parameters()}
+        for group in self.optimiser.param_groups:
+            rates.append((group["lr"], {id(parameter) for parameter in group["params"]} == head))
+        return loss
+
+    monkeypatch.setattr(distillation.loop.Distiller, "train_step", step_and_look)
+    distil(settings(head_rate=0.05, schedule="constant", steps=1))
+    assert rates == [(1e-3, False), (pytest.approx(5e-5), True)]
+    with pytest.raises(SettingsError, match="head_rate"):
+        settings(head_rate=0.0)
