@@ -155,15 +155,15 @@ def probe(options: argparse.Namespace) -> int:
     """Judge a teacher's features by nearest neighbours on a data set, beside those of an untrained network."""
     from effad_lib.batch import from_project
     from effad_lib.datasets import load_dataset
-    from effad_lib.distillation import TEACHERS
+    from effad_lib.networks import PDN_LAYERS
     from effad_lib.probing import compare
     from effad_lib.settings import pick_device
 
-    shipped = (TEACHERS / f"pdn_{options.teacher.lower()}.safetensors").is_file()
+    is_size = options.teacher.upper() in PDN_LAYERS
     root = options.data_root and from_project(options.data_root)
     split = load_dataset(options.dataset, root=root, category=options.category, seed=options.seed)
     table = compare(
-        options.teacher if shipped else from_project(options.teacher),
+        options.teacher if is_size else from_project(options.teacher),
         split,
         tuple(options.image_size),
         backbone=options.backbone,

@@ -140,6 +140,7 @@ def test_paths_are_seen_from_where_one_is(monkeypatch, tmp_path):
         (["distill", "--size", "XL"], "unknown network size 'XL'"),
         (["distill", "--backbone", "resnet81"], "resnet81"),
         (["probe", "nothing.pth"], r"there is no .*nothing\.pth"),
+        (["probe", "M"], "teacher 'M'.*Others are made by `effad distill`"),
         (["probe", "XS", "--image-size", "32", "32"], "at least 64 pixels"),
         (["probe", "XS", "--backbone", "resnet81"], "resnet81"),
         (["synthesize", "bored", "x"], "bored.*board"),

@@ -41,6 +41,7 @@ Files = dict[tuple[str, ...], Path]
 
 
 def read_layout(base: Path, name: str, seed: int, share: float) -> Split:
+    """Read the layout that `load_folder` describes, below `base`; the split is called `name`. Raises `DatasetError`."""
     try:
         files = {path.relative_to(base).parts: path for path in find_images(base)}
     except ImageError as error:
