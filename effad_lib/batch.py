@@ -51,7 +51,7 @@ OURS = frozenset(
 """Settings of a training on which the paper has nothing to say, or that `departures` words itself."""
 
 TEACHERS_OWN = frozenset(
-    "run_folder size images backbone_weights held_out seed device checkpoint_seconds fit_views ridge head_rate".split()
+    "run_folder size images backbone_weights held_out seed device checkpoint_seconds fit_views ridge".split()
 )
 """Settings of a distillation on which the paper has nothing to say."""
 

@@ -26,7 +26,9 @@ from effad_lib.distillation import (
     distil,
     fit_initialisation,
     load_teacher,
+    muon,
 )
+from effad_lib.distillation.loop import optimisers
 from effad_lib.distillation.processes import Processes
 from effad_lib.distillation.teachers import curve
 from effad_lib.images import ImageError
@@ -92,8 +94,9 @@ def test_the_loss_falls_and_the_teacher_loads(settings):
     assert run.done and not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_resumed_distillation_equals_an_undisturbed_one_bit_for_bit(settings, monkeypatch):
-    whole = distil(settings("whole"))
+@pytest.mark.parametrize("optimiser", ["adam", "muon"])
+def test_resumed_distillation_equals_an_undisturbed_one_bit_for_bit(settings, monkeypatch, optimiser):
+    whole = distil(settings("whole", optimiser=optimiser))
 
     class Stop(Exception):
         pass
@@ -104,7 +107,7 @@ def test_resumed_distillation_equals_an_undisturbed_one_bit_for_bit(settings, mo
         saved(self, name, state)
         raise Stop
 
-    stopping = settings("stopped", checkpoint_seconds=0.0)
+    stopping = settings("stopped", checkpoint_seconds=0.0, optimiser=optimiser)
     monkeypatch.setattr(Run, "save_checkpoint", save_and_stop)
     for step in range(1, 4):
         with pytest.raises(Stop):
@@ -201,6 +204,7 @@ def test_unreadable_photographs_are_left_out(settings, given, tmp_path):
         ({"grayscale": 1.5}, "probability"),
         ({"padding": True}, "False with initialisation = 'fitted'"),
         ({"weight_decay": -1.0}, "weight_decay"),
+        ({"optimiser": "sgd"}, "one of adam, muon"),
     ],
 )
 def test_impossible_settings_are_named(settings, change, message):
@@ -322,18 +326,51 @@ def test_shipped_teachers_answer_where_something_is(path):
     assert away.abs().max() < 1.3, f"on average {away} pixels off; half a cell is 2"
 
 
-def test_the_last_layer_may_learn_more_slowly(settings, monkeypatch):
-    rates, take_step = [], distillation.loop.Distiller.train_step
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (9, 9)])
+def test_orthogonal_is_the_quintic_on_the_singular_values(shape):
+    """Against the singular value decomposition, whose values go through the polynomial one by one."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
+    a, b, c = muon.COEFFICIENTS
+    for _ in range(5):
+        values = a * values + b * values**3 + c * values**5
+    assert torch.allclose(muon.orthogonal(matrix), left @ values.diag() @ right, atol=1e-9)
+    assert 0.6 < values.min() and values.max() < 1.3
 
-    def step_and_look(self, large):
-        loss = take_step(self, large)
-        head = {id(parameter) for parameter in self.pdn.head.parameters()}
-        for group in self.optimiser.param_groups:
-            rates.append((group["lr"], {id(parameter) for parameter in group["params"]} == head))
-        return loss
 
-    monkeypatch.setattr(distillation.loop.Distiller, "train_step", step_and_look)
-    distil(settings(head_rate=0.05, schedule="constant", steps=1))
-    assert rates == [(1e-3, False), (pytest.approx(5e-5), True)]
-    with pytest.raises(SettingsError, match="head_rate"):
-        settings(head_rate=0.0)
+def test_muon_descends_as_the_published_one(monkeypatch):
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has Muon from 2.9 on")
+    torch.manual_seed(0)
+    start, gradients = torch.randn(12, 30), torch.randn(4, 12, 30)
+    ours = torch.nn.Parameter(start.view(12, 10, 3, 1).clone())
+    theirs = torch.nn.Parameter(start.clone())
+    optimisers = (
+        muon.Muon([ours], lr=0.1, weight_decay=0.05),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+    )
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.view_as(ours), gradient
+        for optimiser in optimisers:
+            optimiser.step()
+    moved = (theirs - start).norm()
+    assert (ours.flatten(1) - theirs).norm() < 0.02 * moved, "but for torch's bfloat16"
+
+
+@pytest.mark.parametrize("size", ["XS", "S", "M"])
+def test_every_weight_has_one_optimiser(settings, size):
+    pdn = PDN(size)
+    shared = optimisers(pdn, settings(size=size, optimiser="muon"))
+    held = [weight for optimiser in shared for group in optimiser.param_groups for weight in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, pdn.parameters()))
+    kernels = shared[0].param_groups[0]["params"]
+    assert all(kernel.dim() == 4 and kernel.shape[1] > 3 for kernel in kernels) and len(kernels) >= 3
+    (alone,) = optimisers(pdn, settings(size=size))
+    assert type(alone) is torch.optim.Adam, "the paper's"
+
+
+def test_muon_learns_more_from_the_same_steps(settings):
+    few = {"steps": 30, "held_out": 2, "learning_rate": 2e-3}
+    adam, orthogonalised = (distil(settings(name, optimiser=name, **few)) for name in ("adam", "muon"))
+    assert orthogonalised.metrics["losses"][-1] < adam.metrics["losses"][-1] < adam.metrics["losses"][0]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from effad_lib.backbones import file_sha256, load_backbone
+from effad_lib.distillation.muon import Muon
 from effad_lib.distillation.processes import Processes, joined
 from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation
@@ -39,6 +40,16 @@ def learning_rate_factor(step: int, steps: int, schedule: str) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def optimisers(pdn: PDN, settings: DistillationSettings) -> list[torch.optim.Optimizer]:
+    """Return Adam for all weights or, for "muon", Muon for the kernels behind the first layer and Adam for the rest."""
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimiser == "adam":
+        return [torch.optim.Adam(pdn.parameters(), **rates)]
+    first, *kernels = (weight for weight in pdn.parameters() if weight.dim() > 1)
+    rest = [first, *(bias for bias in pdn.parameters() if bias.dim() == 1)]
+    return [Muon(kernels, **rates), torch.optim.Adam(rest, **rates)]
 
 
 def distil(settings: DistillationSettings) -> Run:
@@ -100,8 +111,7 @@ class Distiller:
             self.pdn.load_state_dict(state["pdn"])
             self.mean, self.std = state["mean"].to(device), state["std"].to(device)
         self.network = processes.wrap(self.pdn)
-        groups = [{"params": [*self.pdn.trunk.parameters()]}, {"params": [*self.pdn.head.parameters()]}]
-        self.optimiser = torch.optim.Adam(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.optimisers = optimisers(self.pdn, settings)
         if state is not None:
             self._restore(state)
 
@@ -170,17 +180,18 @@ class Distiller:
                 yield batch
 
     def train_step(self, large: Tensor) -> Tensor:
-        """Take one step of Adam on views [N, 3, 2H, 2W] and return the loss, detached."""
+        """Take one step on views [N, 3, 2H, 2W] and return the loss, detached."""
         settings = self.settings
         rate = settings.learning_rate * learning_rate_factor(self.step, settings.steps, settings.schedule)
-        trunk, head = self.optimiser.param_groups
-        trunk["lr"], head["lr"] = rate, rate * settings.head_rate
+        for optimiser in self.optimisers:
+            optimiser.param_groups[0]["lr"] = rate
+            optimiser.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             images, targets = self.views.pair(large.to(self.device, non_blocking=True))
             loss = F.mse_loss(self.network(images), (targets - self.mean) / self.std)
-        self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimiser)
+        for optimiser in self.optimisers:
+            self.scaler.step(optimiser)
         self.scaler.update()
         return loss.detach()
 
@@ -203,7 +214,7 @@ class Distiller:
             "pdn": self.pdn.state_dict(),
             "losses": self.losses,
             "recent": [float(value) for value in self.recent],
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "scaler": self.scaler.state_dict(),
             "generator": drawn,
         }
@@ -211,7 +222,8 @@ class Distiller:
     def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
         self.recent = [torch.tensor(value, device=self.device) for value in state["recent"]]
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
