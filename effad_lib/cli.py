@@ -17,7 +17,7 @@ from effad_lib import __version__
 
 # Everything else is imported by the command that needs it, so that `effad --help` does not wait for torch.
 
-PATHS = frozenset({"run_folder", "data_root", "teacher", "penalty_images", "images", "backbone_weights"})
+PATHS = frozenset({"run_folder", "data_root", "penalty_images", "images", "backbone_weights"})
 """Settings that are paths: on the command line relative to where one is, in settings relative to the project."""
 
 
@@ -66,11 +66,22 @@ def settings_options(settings: type) -> list[Option]:
 def given(options: argparse.Namespace, known: Iterable[Option]) -> dict[str, Any]:
     """Return the values given on the command line, paths as seen from the project."""
     values = {option.name: getattr(options, option.name) for option in known if hasattr(options, option.name)}
-    for name in PATHS & values.keys():
-        from effad_lib.batch import from_project
+    values |= {name: as_path(values[name]) for name in PATHS & values.keys()}
+    return values | ({"teacher": as_teacher(values["teacher"])} if "teacher" in values else {})
 
-        values[name] = values[name] and from_project(values[name])
-    return values
+
+def as_path(given: str) -> str:
+    """Return a path as seen from the project; "" stays as it is."""
+    from effad_lib.batch import from_project
+
+    return given and from_project(given)
+
+
+def as_teacher(given: str) -> str:
+    """Return the size of a shipped teacher as it is, a file's path as seen from the project."""
+    from effad_lib.networks import PDN_LAYERS
+
+    return given if given.upper() in PDN_LAYERS else as_path(given)
 
 
 # --- the commands: for each its options and its work ----------------------------------------------------------------
@@ -153,21 +164,17 @@ def probe_options(parser: argparse.ArgumentParser) -> None:
 
 def probe(options: argparse.Namespace) -> int:
     """Judge a teacher's features by nearest neighbours on a data set, beside those of an untrained network."""
-    from effad_lib.batch import from_project
     from effad_lib.datasets import load_dataset
-    from effad_lib.networks import PDN_LAYERS
     from effad_lib.probing import compare
     from effad_lib.settings import pick_device
 
-    is_size = options.teacher.upper() in PDN_LAYERS
-    root = options.data_root and from_project(options.data_root)
-    split = load_dataset(options.dataset, root=root, category=options.category, seed=options.seed)
+    split = load_dataset(options.dataset, root=as_path(options.data_root), category=options.category, seed=options.seed)
     table = compare(
-        options.teacher if is_size else from_project(options.teacher),
+        as_teacher(options.teacher),
         split,
         tuple(options.image_size),
         backbone=options.backbone,
-        backbone_weights=options.backbone_weights and from_project(options.backbone_weights),
+        backbone_weights=as_path(options.backbone_weights),
         bank=options.bank,
         seed=options.seed,
         device=pick_device(options.device),

@@ -188,7 +188,14 @@ def test_unreadable_photographs_are_left_out(settings, given, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "0.png").write_bytes(b"not an image")
     with pytest.warns(UserWarning, match=r"0\.png"):
-        assert distil(settings(images=str(folder), steps=10)).done
+        run = distil(settings(images=str(folder), steps=10))
+    card = run.folder / "teacher.json"
+    assert json.loads(card.read_text())["photographs"] == 7
+    # Stopped after the last step and before the card was written, it still knows what could not be read.
+    card.unlink()
+    (run.folder / "metrics.json").unlink()
+    distil(settings(images=str(folder), steps=10))
+    assert json.loads(card.read_text())["photographs"] == 7
 
 
 @pytest.mark.parametrize(

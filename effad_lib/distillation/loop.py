@@ -148,11 +148,12 @@ class Distiller:
                 self.seconds = time.monotonic() - began
                 due = time.monotonic() - saved > settings.checkpoint_seconds
                 stop = self.processes.any(interrupted(), self.device)
+                self.unreadable.update(self.views.natural.skipped)
+                if last:
+                    self.unreadable = self.processes.union(self.unreadable)
                 if first and (stop or due or last):
                     self.run.save_checkpoint("last", self.state(drawn))
                     saved = time.monotonic()
-                if last:
-                    self.unreadable = self.processes.union(set(self.views.natural.skipped))
                 if stop and not last:
                     self.processes.wait()  # for the first one to save: torchrun ends all as soon as one has ended
                     raise KeyboardInterrupt(f"stopped after step {self.step}; started again, the run continues there")
@@ -213,6 +214,7 @@ class Distiller:
             "std": self.std.cpu(),
             "pdn": self.pdn.state_dict(),
             "losses": self.losses,
+            "unreadable": sorted(self.unreadable),
             "recent": [float(value) for value in self.recent],
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "scaler": self.scaler.state_dict(),
@@ -221,6 +223,7 @@ class Distiller:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+        self.unreadable = set(state["unreadable"])
         self.recent = [torch.tensor(value, device=self.device) for value in state["recent"]]
         for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)

@@ -24,7 +24,7 @@ class TrainingSettings(Settings):
     category: str = ""  # which category, product or kind of cell; "" takes the data set's default
     data_root: str = ""  # folder of the data set; "" takes the default under data/
     size: str = "S"  # S or M (paper), XS (for CPUs)
-    teacher: str = ""  # a file of `effad distill`, or public weights; "" takes the shipped one of this size
+    teacher: str = ""  # a file of `effad distill` or public weights, or a size; "" takes the shipped one of this size
     padding: bool = False  # the paper's headline figures use the unpadded networks
     image_size: list[int] = (256, 256)  # height and width in pixels
     steps: int = 70_000
