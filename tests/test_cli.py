@@ -110,7 +110,9 @@ def test_values_of_every_type_arrive(monkeypatch, tmp_path):
         "data_root": str(tmp_path.resolve()),
         "run_folder": "runs/here",
     }
-    assert cli.given(cli.parse(["train", "--teacher", "xs"]), cli.settings_options(TrainingSettings)) == {"teacher": "xs"}
+    assert cli.given(cli.parse(["train", "--teacher", "xs"]), cli.settings_options(TrainingSettings)) == {
+        "teacher": "xs"
+    }
     assert cli.given(cli.parse(["train", "--no-padding"]), cli.settings_options(TrainingSettings)) == {"padding": False}
 
 

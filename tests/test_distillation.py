@@ -17,11 +17,14 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import mean_squared_error, r2_score
 
 from effad_lib import distillation
+from effad_lib.backbones import load_backbone
 from effad_lib.distillation import (
     TEACHERS,
     DistillationSettings,
+    Views,
     channel_statistics,
     distil,
     fit_initialisation,
@@ -31,7 +34,7 @@ from effad_lib.distillation import (
 from effad_lib.distillation.loop import optimisers
 from effad_lib.distillation.processes import Processes
 from effad_lib.distillation.teachers import curve
-from effad_lib.images import ImageError
+from effad_lib.images import ImageError, NaturalImages
 from effad_lib.networks import PDN
 from effad_lib.runs import Run, RunError
 from effad_lib.settings import SettingsError
@@ -87,11 +90,29 @@ def test_the_loss_falls_and_the_teacher_loads(settings):
     assert card["losses"] == [round(loss, 4) for loss in losses]
     assert curve([1.0, 2.0, 3.0, 4.0, 6.0], most=3) == [1.5, 3.5, 6.0]
     assert card["network"] == "PDN-XS" and card["photographs"] == 6 and 0 < card["held_out_loss"] < 1.5
+    explained = torch.tensor(card["explained_variance"])
+    assert explained.shape == (384,) and explained.max() <= 1
     assert card["settings"]["backbone_weights"] == "resnet18.safetensors", "no path of this machine in the card"
     teacher, _ = load_teacher(run.folder / "teacher.safetensors")
     assert teacher(torch.rand(1, 3, 64, 64)).shape == (1, 384, 8, 8)
     assert load_file(run.folder / "teacher.safetensors")["head.weight"].dtype == torch.float16
     assert run.done and not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_explained_variance_is_that_of_scikit_learn(settings, given):
+    made = settings(steps=1, held_out=3, statistics_images=4)
+    run = distil(made)
+    photographs = NaturalImages(made.images)
+    views = Views(made, photographs, load_backbone("resnet18", made.backbone_weights))
+    distiller = distillation.loop.Distiller(made, run, views, torch.device("cpu"), Processes())
+    loss, explained = distiller.judge(photographs)
+    generator = torch.Generator().manual_seed(2)
+    pairs = [views.draw(2, generator, torch.device("cpu")) for _ in range(8)]
+    wanted = [((targets - distiller.mean) / distiller.std).movedim(1, -1).flatten(0, 2) for _, targets in pairs]
+    answers = [distiller.pdn(images).detach().movedim(1, -1).flatten(0, 2) for images, _ in pairs]
+    wanted, answers = torch.cat(wanted).numpy(), torch.cat(answers).numpy()
+    assert loss == pytest.approx(mean_squared_error(wanted, answers), rel=1e-4)
+    assert np.allclose(explained, r2_score(wanted, answers, multioutput="raw_values"), atol=2e-3)
 
 
 @pytest.mark.parametrize("optimiser", ["adam", "muon"])
@@ -313,6 +334,7 @@ def test_shipped_teachers_are_whole_and_were_trained(path):
     """A shipped teacher explains its backbone better than no teacher (loss 1) on photographs it never saw."""
     teacher, card = load_teacher(path)
     assert card["held_out_loss"] < 0.9 and card["settings"]["backbone"] and card["command"].startswith("effad distill")
+    assert 0 < sum(card["explained_variance"]) / len(card["explained_variance"]) < 1
     features = teacher(torch.randn(1, 3, 64, 64))
     assert torch.isfinite(features).all() and path.stat().st_size < 25e6
 

@@ -234,23 +234,35 @@ class Distiller:
     def finish(self, held_out: NaturalImages) -> None:
         """Measure the loss on photographs that were held out, write the teacher with its card, and end the run."""
         metrics = {"loss": sum(self.losses[-20:]) / len(self.losses[-20:])}
-        metrics["held_out_loss"] = self.held_out_loss(held_out) if len(held_out) else None
+        held_out_loss, explained = self.judge(held_out) if len(held_out) else (None, [])
+        metrics["held_out_loss"] = held_out_loss
         metrics["seconds"] = round(self.seconds, 1)
-        metrics["losses"] = self.losses
+        metrics["losses"], metrics["explained_variance"] = self.losses, explained
         photographs = len(self.views.natural) - len(self.unreadable)
         save_teacher(self.run, self.settings, self.pdn, metrics, photographs)
         self.run.finish(metrics | {"steps": self.settings.steps})
 
     @torch.no_grad()
-    def held_out_loss(self, held_out: NaturalImages) -> float:
-        """Return the mean loss over fixed views of photographs that training never saw, about two for each."""
+    def judge(self, held_out: NaturalImages) -> tuple[float, list[float]]:
+        """Return the mean loss, and the share of each channel's variance that the teacher explains.
+
+        Taken over fixed views of photographs that training never saw, about two for each.
+        """
         generator = torch.Generator().manual_seed(2)
         views = Views(self.settings, held_out, self.views.backbone)
-        batch, losses = self.settings.batch_size, []
-        for _ in range(max(1, 2 * len(held_out) // batch)):
-            images, targets = views.draw(batch, generator, self.device)
-            losses.append(F.mse_loss(self.pdn(images), (targets - self.mean) / self.std).item())
-        return sum(losses) / len(losses)
+        batch, errors = self.settings.batch_size, []
+
+        def targets() -> Iterator[Tensor]:
+            for _ in range(max(1, 2 * len(held_out) // batch)):
+                images, features = views.draw(batch, generator, self.device)
+                wanted = (features - self.mean) / self.std
+                errors.append(F.mse_loss(self.pdn(images), wanted, reduction="none").mean((0, 2, 3)))
+                yield wanted
+
+        _, deviation = channel_statistics(targets())
+        error = torch.stack(errors).mean(0).cpu()
+        explained = 1 - error / deviation.flatten().square()
+        return error.mean().item(), [round(share, 3) for share in explained.tolist()]
 
 
 def _sources(settings: DistillationSettings, folder: Path | str, photographs: list[Path]) -> dict[str, str]:

@@ -36,11 +36,12 @@ def save_teacher(run: Run, settings: DistillationSettings, pdn: PDN, metrics: di
         "sha256": file_sha256(path),
         "photographs": photographs,
         "backbone_sha256": run.sources["backbone"],
-        **{name: value for name, value in metrics.items() if name != "losses"},
+        **{name: value for name, value in metrics.items() if name not in ("losses", "explained_variance")},
         "command": f"effad distill {named.as_options(leave_out=('run_folder', 'device', 'checkpoint_seconds'))}",
         "settings": {name: value for name, value in named.as_dict().items() if name not in ("run_folder", "device")},
         "versions": {"effad": __version__, "torch": torch.__version__},
         "losses": curve(metrics["losses"]),
+        "explained_variance": metrics["explained_variance"],
     }
     write_json(run.folder / "teacher.json", card)
 
