@@ -40,16 +40,14 @@ class NearestNeighbours(nn.Module):
 
     @classmethod
     @torch.inference_mode()
-    def fit(
-        cls, extractor: nn.Module, images: Tensor, *, bank: int = 5000, candidates: int = 50_000, seed: int = 0
-    ) -> NearestNeighbours:
+    def fit(cls, extractor: nn.Module, images: Tensor, *, bank: int = 5000, seed: int = 0) -> NearestNeighbours:
         """Remember good images: uint8 [N, 3, H, W], on the extractor's device.
 
-        `extractor` maps images in [0, 1] to features [N, C, h, w]. Of all cells, `candidates` are drawn at random, of
-        these `bank` are kept so that none is far from a kept one.
+        `extractor` maps images in [0, 1] to features [N, C, h, w]. Of all cells, ten times as many as the bank will
+        hold are drawn at random; of these `bank` are kept so that none is far from a kept one.
         """
         generator = torch.Generator().manual_seed(seed)
-        per_image = -(-candidates // len(images))
+        per_image = -(-10 * bank // len(images))
         drawn = []
 
         def batches():
