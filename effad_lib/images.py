@@ -69,11 +69,16 @@ def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
     """Read an image as RGB, upright by its EXIF tag, and resize it to `size` (antialiased bilinear).
 
     Returns uint8 [3, H, W]. Eight-bit grey, palette and transparent images become RGB. Raises `ImageError` for files
-    that cannot be decoded and for 16-bit, float and CMYK images, whose conversion would be a guess.
+    that cannot be decoded, for 16-bit, float and CMYK images, whose conversion would be a guess, and, where a `size` is
+    given, for sides below 64 pixels: enlarging would invent what the networks are to judge.
     """
     try:
         with Image.open(path) as image:
             _check_mode(path, image, ("1", "L", "LA", "P", "PA", "RGB", "RGBA"))
+            if size is not None and min(image.size) < SMALLEST:
+                raise ImageError(
+                    f"{path}: {image.width}×{image.height} pixels are too small; each side takes {SMALLEST} or more."
+                )
             image = ImageOps.exif_transpose(image).convert("RGB")
             if size is not None and image.size != (size[1], size[0]):
                 image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)

@@ -60,7 +60,7 @@ class NearestNeighbours(nn.Module):
                 yield features
 
         mean, std = channel_statistics(batches())
-        rows = (torch.cat(drawn) - mean.flatten().to(images.device)) / std.flatten().to(images.device)
+        rows = (torch.cat(drawn) - mean.flatten()) / std.flatten()
         return cls(extractor, rows[spread_out(rows, bank, generator)], mean, std, images.shape[-2:]).to(images.device)
 
     def forward(self, images: Tensor) -> AnomalyMaps:

@@ -118,8 +118,10 @@ def test_values_of_every_type_arrive(monkeypatch, tmp_path):
 
 def test_paths_are_seen_from_where_one_is(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    options = cli.parse(["train", "--data-root", "mine"])
-    assert cli.given(options, cli.settings_options(TrainingSettings)) == {"data_root": str(tmp_path.resolve() / "mine")}
+    options = cli.parse(["train", "--data-root", "mine", "--teacher", "t.pth"])
+    here = tmp_path.resolve()
+    wanted = {"data_root": str(here / "mine"), "teacher": str(here / "t.pth")}
+    assert cli.given(options, cli.settings_options(TrainingSettings)) == wanted
 
 
 @pytest.mark.parametrize(

@@ -154,11 +154,13 @@ def torchrun(settings: DistillationSettings, processes: int) -> subprocess.Compl
     )
 
 
-def test_two_processes_distil_what_one_does(settings, given, tmp_path):
+@pytest.mark.parametrize("optimiser", ["adam", "muon"])
+def test_two_processes_distil_what_one_does(settings, given, tmp_path, optimiser):
     """Each takes half of every batch; a photograph that one of them cannot read does not part their ways."""
     shutil.copytree(given / "photographs", tmp_path / "photographs")
     (tmp_path / "photographs" / "3.png").write_bytes(b"not an image")
-    changes = {"batch_size": 4, "steps": 5, "images": str(tmp_path / "photographs"), "device": "cpu"}
+    photographs = str(tmp_path / "photographs")
+    changes = {"batch_size": 4, "steps": 5, "images": photographs, "device": "cpu", "optimiser": optimiser}
     with pytest.warns(UserWarning, match="left out"):
         alone = distil(settings("alone", **changes))
     shared = settings("shared", checkpoint_seconds=0.0, **changes)
@@ -170,6 +172,17 @@ def test_two_processes_distil_what_one_does(settings, given, tmp_path):
     cards = [json.loads((run.folder / "teacher.json").read_text()) for run in (alone, Run(shared.run_folder))]
     assert [card["photographs"] for card in cards] == [7, 7]
     assert Run(shared.run_folder).metrics["losses"] == pytest.approx(alone.metrics["losses"], rel=1e-3)
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "muon"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_follows_float32(settings, precision, optimiser):
+    exact = distil(settings("exact", steps=3, optimiser=optimiser))
+    mixed = distil(settings("mixed", steps=3, optimiser=optimiser, precision=precision))
+    one, other = (load_file(run.folder / "teacher.safetensors") for run in (exact, mixed))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    for name in one:
+        torch.testing.assert_close(one[name].float(), other[name].float(), rtol=0, atol=2e-2)
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(settings, monkeypatch):

@@ -184,6 +184,15 @@ def test_unreadable_files_are_named(tmp_path, rng, read):
 # --- masks ----------------------------------------------------------------------------------------
 
 
+def test_images_smaller_than_the_networks_take_are_not_enlarged(tmp_path, rng):
+    path = save(tmp_path / "thumbnail.png", noise(rng, 63, 200, 3))
+    with pytest.raises(ImageError, match=r"thumbnail\.png: 200×63 pixels are too small; each side takes 64"):
+        read_image(path, (128, 128))
+    with pytest.raises(ImageError, match="too small"):
+        load_images([path], (64, 64))
+    assert read_image(path).shape == (3, 63, 200), "as a picture to show it is fine"
+
+
 def test_masks_are_cut_at_half_of_full_scale(tmp_path):
     values = np.array([[0, 1, 127, 128, 255]], np.uint8)
     expected = np.array([[False, False, False, True, True]])

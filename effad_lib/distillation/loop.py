@@ -149,7 +149,7 @@ class Distiller:
                 due = time.monotonic() - saved > settings.checkpoint_seconds
                 stop = self.processes.any(interrupted(), self.device)
                 self.unreadable.update(self.views.natural.skipped)
-                if last:
+                if stop or last:
                     self.unreadable = self.processes.union(self.unreadable)
                 if first and (stop or due or last):
                     self.run.save_checkpoint("last", self.state(drawn))
@@ -260,7 +260,7 @@ class Distiller:
                 yield wanted
 
         _, deviation = channel_statistics(targets())
-        error = torch.stack(errors).mean(0).cpu()
+        error = torch.stack(errors).mean(0)
         explained = 1 - error / deviation.flatten().square()
         return error.mean().item(), [round(share, 3) for share in explained.tolist()]
 

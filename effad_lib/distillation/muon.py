@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Muon(torch.optim.Optimizer):
 
     For weights of two or more dimensions, read as matrices [out, everything else]. With Nesterov momentum and decoupled
     weight decay. Ours, after Jordan et al. (2024) and, for the size of the update, Liu et al. (arXiv 2502.16982).
-    torch's own takes matrices only and works in bfloat16, which made a step on a CPU a hundred times slower.
+    torch's own takes matrices only and works in bfloat16, which took a hundred times as long on a CPU.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self) -> None:
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:

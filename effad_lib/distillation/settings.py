@@ -10,6 +10,7 @@ from effad_lib.networks import check_network
 from effad_lib.settings import PRECISIONS, Settings, pick_device
 
 OPTIMISERS = ("adam", "muon")
+"""Adam is the paper's."""
 
 
 @dataclass(frozen=True)

@@ -53,13 +53,14 @@ class Views:
 
 
 def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation [1, C, 1, 1] over feature batches [N, C, h, w], each seen once.
+    """Return mean and deviation [1, C, 1, 1] over feature batches [N, C, h, w], each seen once, on their device.
 
     Batches are merged by their means and squared deviations in float64 (Chan et al.), so nothing cancels as it would in
     E[x²] − E[x]². A channel that never varies gets deviation 1.
     """
-    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    count, mean, squares, device = 0, torch.zeros(()), torch.zeros(()), torch.device("cpu")
     for batch in batches:
+        device = batch.device
         values = batch.transpose(0, 1).flatten(1)
         values = (values.cpu() if values.device.type == "mps" else values).double()  # MPS has no float64
         new_mean = values.mean(dim=1)
@@ -74,7 +75,7 @@ def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         raise SettingsError("no images to take channel statistics from.")
     deviation = (squares / count).sqrt()
     deviation = torch.where(deviation > 1e-6 * mean.abs().clamp(min=1e-6), deviation, torch.ones_like(deviation))
-    return mean.float().view(1, -1, 1, 1), deviation.float().view(1, -1, 1, 1)
+    return mean.float().view(1, -1, 1, 1).to(device), deviation.float().view(1, -1, 1, 1).to(device)
 
 
 @torch.no_grad()
