@@ -19,7 +19,7 @@ class Muon(torch.optim.Optimizer):
 
     For weights of two or more dimensions, read as matrices [out, everything else]. With Nesterov momentum and decoupled
     weight decay. Ours, after Jordan et al. (2024) and, for the size of the update, Liu et al. (arXiv 2502.16982).
-    torch's own takes matrices only and works in bfloat16, which took a hundred times as long on a CPU.
+    torch's own takes matrices only and works in bfloat16, which a CPU without it is slow to emulate.
     """
 
     def __init__(
