@@ -1,14 +1,15 @@
-"""Charts of whatever numbers a lesson measures: distributions with their marks, and maps side by side on one scale.
+"""Charts of whatever numbers a lesson measures: distributions, maps side by side on one scale, competitors.
 
 Like `plots`, each is a function that returns a matplotlib figure, 9 inches wide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -86,6 +87,34 @@ def plot_panels(
     for ax in axes[:, 0]:
         ax.set_ylabel(f"row ({unit})", fontsize=8)
     fig.colorbar(drawn, ax=axes, label=label, extend="both" if scale else "neither", fraction=0.05, aspect=25)
+    return fig
+
+
+def plot_dots(table: pd.DataFrame, *, hollow: Collection[str] = ()) -> Figure:
+    """A panel for each metric, in it a line for each data set and one for their mean, with a mark for each competitor.
+
+    table: rows (metric, data set), a column for each competitor; NaN is not drawn; hollow: competitors whose marks are
+    not filled. Raises ValueError if there is nothing to draw.
+    """
+    if table.empty:
+        raise ValueError("no values to draw")
+    metrics = list(dict.fromkeys(table.index.get_level_values(0)))
+    longest = int(table.index.get_level_values(0).value_counts().max())
+    fig, axes = plt.subplots(
+        1, len(metrics), figsize=(WIDTH, 0.32 * longest + 1.7), squeeze=False, sharex=True, layout="constrained"
+    )
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        part = table.loc[metric]
+        names = [*part.index, f"mean of {len(part)}"]
+        for place, (name, values) in enumerate(part.items()):
+            x, colour = [*values, values.mean()], PALETTE[place % len(PALETTE)]
+            face = "none" if name in hollow else colour
+            marker = "osD^vP*X"[place % 8]
+            ax.plot(x, range(len(x)), marker, color=colour, markerfacecolor=face, markersize=7, label=name)
+        ax.axhline(len(part) - 0.5, color="black", linewidth=0.8)
+        ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=metric)
+        ax.grid(alpha=0.3)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return fig
 
 

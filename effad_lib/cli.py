@@ -132,55 +132,71 @@ def synthesize(options: argparse.Namespace) -> int:
 
 def distill_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad distill`."""
-    from effad_lib.distillation import DistillationSettings
+    from effad_lib.distillation import RECIPES, DistillationSettings
 
+    start = f"settings that the others change: {' or '.join(RECIPES)}, an hour of two cores (default: paper)"
+    parser.add_argument("--recipe", default="paper", help=start)
     add_options(parser, settings_options(DistillationSettings))
 
 
 def distill(options: argparse.Namespace) -> int:
     """Distil a teacher from a pretrained backbone, or continue where it was stopped."""
-    from effad_lib.distillation import DistillationSettings, distil
+    from effad_lib.distillation import DistillationSettings, distil, recipe
 
-    settings = DistillationSettings.from_mapping(given(options, settings_options(DistillationSettings)))
+    values = given(options, settings_options(DistillationSettings))
+    settings = DistillationSettings.from_mapping(recipe(options.recipe) | values)
     print(distil(settings).folder / "teacher.safetensors")
     return 0
 
 
 def probe_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad probe`."""
-    parser.add_argument("teacher", metavar="TEACHER", help="a size (the shipped teacher) or a file of weights")
-    parser.add_argument("--dataset", default="elpv", help="see effad train (default: elpv)")
-    parser.add_argument("--category", default="", help="of the data set (default: its own)")
-    parser.add_argument("--data-root", default="", help="folder of the data set (default: under data/)")
+    parser.add_argument("teachers", nargs="+", metavar="TEACHER", help="a size (the shipped teacher) or a weights file")
+    parser.add_argument(
+        "--on",
+        nargs="+",
+        default=["elpv/mono"],
+        metavar="DATA",
+        help="data sets, each DATASET[/CATEGORY][=FOLDER], such as mvtec_ad/screw=data/mvtec_ad (default: elpv/mono)",
+    )
     parser.add_argument(
         "--image-size", nargs=2, type=int, default=[256, 256], metavar="PIXELS", help="(default: 256 256)"
     )
     parser.add_argument("--bank", type=int, default=5000, help="features that are remembered (default: 5000)")
     parser.add_argument("--backbone", default="", help="also judge this one, at twice the image size (default: none)")
     parser.add_argument("--backbone-weights", default="", help="a local file (default: as published)")
+    parser.add_argument("--record", action="store_true", help="write what was found into the cards of the teachers")
     parser.add_argument("--seed", type=int, default=0, help="of the remembered features (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
 
 
 def probe(options: argparse.Namespace) -> int:
-    """Judge a teacher's features by nearest neighbours on a data set, beside those of an untrained network."""
-    from effad_lib.datasets import load_dataset
-    from effad_lib.probing import compare
+    """Judge teachers' features by nearest neighbours on data sets, beside those of untrained networks."""
+    from effad_lib import probing
     from effad_lib.settings import pick_device
 
-    split = load_dataset(options.dataset, root=as_path(options.data_root), category=options.category, seed=options.seed)
-    table = compare(
-        as_teacher(options.teacher),
-        split,
-        tuple(options.image_size),
-        backbone=options.backbone,
-        backbone_weights=as_path(options.backbone_weights),
-        bank=options.bank,
-        seed=options.seed,
-        device=pick_device(options.device),
-    )
-    print(f"{split.name}\n{table.round(3).to_string(na_rep='–')}")
+    device, splits = pick_device(options.device), [_data(given, options.seed) for given in options.on]
+    teachers = [as_teacher(given) for given in options.teachers]
+    if options.record:
+        probing.check_cards(teachers)
+    networks = probing.candidates(teachers, options.backbone, as_path(options.backbone_weights), seed=options.seed)
+    networks = {name: network.to(device) for name, network in networks.items()}
+    table = probing.compare(networks, splits, tuple(options.image_size), bank=options.bank, seed=options.seed)
+    print(table.round(3).to_string(na_rep="–"))
+    if options.record:
+        settings = {name: getattr(options, name) for name in ("image_size", "bank", "backbone", "seed")}
+        for path in probing.record(teachers, table, settings):
+            print(path)
     return 0
+
+
+def _data(given: str, seed: int) -> Any:
+    """Return the `Split` that DATASET[/CATEGORY][=FOLDER] names."""
+    from effad_lib.datasets import load_dataset
+
+    name, _, folder = given.partition("=")
+    dataset, _, category = name.partition("/")
+    return load_dataset(dataset, root=as_path(folder), category=category, seed=seed)
 
 
 def train_options(parser: argparse.ArgumentParser) -> None:

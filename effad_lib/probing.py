@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,13 +13,14 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm.auto import tqdm
 
-from effad_lib.backbones import load_backbone
+from effad_lib.backbones import Backbone, load_backbone
 from effad_lib.datasets import Split
 from effad_lib.detector import AnomalyMaps
-from effad_lib.distillation import channel_statistics, load_teacher
+from effad_lib.distillation import channel_statistics, load_teacher, teacher_files
 from effad_lib.evaluation import evaluate
 from effad_lib.images import Size, check_size, load_images, to_float
 from effad_lib.networks import PDN, Normalise, initialise
+from effad_lib.runs import write_json
 from effad_lib.settings import SettingsError
 
 BLUR = 1.0
@@ -93,53 +96,102 @@ def spread_out(rows: Tensor, count: int, generator: torch.Generator, dimensions:
     return chosen
 
 
-def probe(
-    extractor: nn.Module, split: Split, image_size: Size, *, bank: int = 5000, seed: int = 0
-) -> dict[str, float | None]:
-    """Return the metrics that nearest neighbours reach with these features on a split's test images.
+METRICS = {"image_auroc": "image AU-ROC", "au_pro": "AU-PRO"}
+"""What a probe asks of each data set: which images are defective, and where."""
 
-    See `NearestNeighbours.fit`; the keys are those of `Evaluation.metrics`. Raises `SettingsError` for an empty bank or
-    a split without test images.
+
+def probe(
+    network: PDN | Backbone, split: Split, image_size: Size, *, bank: int = 5000, seed: int = 0
+) -> dict[str, float | None]:
+    """Return the `METRICS` that nearest neighbours reach with a network's features on the test images of a split.
+
+    A PDN sees the images at `image_size`, a backbone at twice that, as in Algorithm 3. AU-PRO is None without masks.
+    See `NearestNeighbours.fit`. Raises `SettingsError` for an empty bank or a split without test images.
     """
+    height, width = _check([split], image_size, bank)
+    device = next(network.parameters()).device
+    extractor, size = nn.Sequential(Normalise(), network).to(device), (height, width)
+    if isinstance(network, Backbone):
+        extractor, size = network, (2 * height, 2 * width)
+    images = load_images([sample.image for sample in split.train], size, description="reading good images")
+    detector = NearestNeighbours.fit(extractor.eval(), images.to(device), bank=bank, seed=seed)
+    metrics = evaluate(detector, split.test).metrics()
+    return {name: metrics[name] for name in METRICS}
+
+
+def _check(splits: Sequence[Split], image_size: Size, bank: int) -> Size:
     if bank < 1:
         raise SettingsError(f"bank = {bank}: takes a positive number of features.")
-    if not split.test:
-        raise SettingsError(f"{split.name} has no test images to judge by. Name another data set.")
-    device = next(extractor.parameters()).device
-    images = load_images([sample.image for sample in split.train], image_size, description="reading good images")
-    detector = NearestNeighbours.fit(extractor, images.to(device), bank=bank, seed=seed)
-    return evaluate(detector, split.test).metrics()
+    for split in splits:
+        if not split.test:
+            raise SettingsError(f"{split.name} has no test images to judge by. Name another data set.")
+    return check_size(image_size)
+
+
+def untrained(size: str, channels: int = 384, *, seed: int = 0) -> PDN:
+    """Return a padded PDN that has learned nothing: He weights, each layer scaled to unit variance on noise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pdn = PDN(size, channels, padding=True).requires_grad_(False)
+        initialise(pdn, torch.randn(4, 3, 128, 128))
+    return pdn.eval()
+
+
+def candidates(
+    teachers: Sequence[str | Path], backbone: str = "", weights: str | Path = "", *, seed: int = 0
+) -> dict[str, nn.Module]:
+    """Return teachers by name, each behind an untrained PDN of its size, and their backbone last, if one is named.
+
+    A teacher is a size or a file, see `load_teacher`; a second one of a size is named by its file.
+    """
+    found: dict[str, nn.Module] = {}
+    for source in teachers:
+        pdn, card = load_teacher(source, padding=True)
+        found.setdefault(f"untrained {card['network']}", untrained(pdn.size, pdn.out_channels, seed=seed))
+        name = f"teacher {card['network']}"
+        found[name if name not in found else f"teacher {source}"] = pdn
+    if backbone:
+        found[f"backbone {backbone}"] = load_backbone(backbone, weights, width=pdn.out_channels)
+    return found
 
 
 def compare(
-    teacher: str | Path,
-    split: Split,
-    image_size: Size,
-    *,
-    backbone: str = "",
-    backbone_weights: str | Path = "",
-    bank: int = 5000,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    networks: Mapping[str, nn.Module], splits: Sequence[Split], image_size: Size, *, bank: int = 5000, seed: int = 0
 ) -> pd.DataFrame:
-    """Return the metrics of a teacher's features between those of an untrained PDN and, if named, of a backbone.
+    """Return what `probe` finds: a row for each metric and data set, a column for each network."""
+    _check(splits, image_size, bank)
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    pairs = [(name, split) for split in splits for name in networks]
+    for name, split in tqdm(pairs, desc="probing"):
+        for metric, value in probe(networks[name], split, image_size, bank=bank, seed=seed).items():
+            if value is not None:
+                found.setdefault((METRICS[metric], split.name), {})[name] = value
+    return pd.DataFrame.from_dict(found, orient="index")
 
-    `teacher` is a size or a file, see `load_teacher`; the backbone sees images of twice the size, as in Algorithm 3.
+
+def check_cards(teachers: Sequence[str | Path]) -> None:
+    """Raise `SettingsError` for a teacher without a card, in which `record` could write nothing."""
+    for source in teachers:
+        path, card = teacher_files(source)
+        if not card.is_file():
+            raise SettingsError(f"teacher {path}: it has no card {card.name} beside it to record in.")
+
+
+def record(teachers: Sequence[str | Path], table: pd.DataFrame, settings: Mapping[str, object]) -> list[Path]:
+    """Write what `compare` found for teachers, each by the name `candidates` gave it, into their cards.
+
+    A card gets `probe`: the settings, and for each row of the table the values of the untrained PDN, of the teacher and
+    of the backbone, if there is one. Returns the cards' paths.
     """
-    height, width = check_size(image_size)
-    distilled, card = load_teacher(teacher, padding=True)
-    expert = load_backbone(backbone, backbone_weights, width=distilled.out_channels) if backbone else None
-    torch.manual_seed(seed)
-    untrained = PDN(distilled.size, distilled.out_channels, padding=True).requires_grad_(False)
-    initialise(untrained, torch.randn(4, 3, 128, 128))
-    rows = {
-        f"untrained {card['network']}": (nn.Sequential(Normalise(), untrained), (height, width)),
-        f"teacher {card['network']}": (nn.Sequential(Normalise(), distilled), (height, width)),
-    }
-    if expert is not None:
-        rows[f"backbone {backbone}"] = expert, (2 * height, 2 * width)
-    found = {
-        name: probe(network.eval().to(device), split, size, bank=bank, seed=seed)
-        for name, (network, size) in rows.items()
-    }
-    return pd.DataFrame.from_dict(found, orient="index", dtype=float)
+    paths, backbone = [], [column for column in table if column.startswith("backbone")]
+    for source, name in zip(teachers, (name for name in table if name.startswith("teacher")), strict=True):
+        path = teacher_files(source)[1]
+        card = json.loads(path.read_text(encoding="utf-8"))
+        columns = {"untrained": f"untrained {card['network']}", "teacher": name}
+        columns |= dict(zip(("backbone",), backbone, strict=False))
+        found = [
+            {"metric": metric, "data": data} | {kind: round(row[column], 4) for kind, column in columns.items()}
+            for (metric, data), row in table.iterrows()
+        ]
+        paths.append(write_json(path, card | {"probe": {**settings, "found": found}}))
+    return paths

@@ -1,10 +1,11 @@
 """Charts draw what they are given: shares that add up, marks where they belong, one colour scale for all maps."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from effad_lib.charts import plot_distributions, plot_panels
+from effad_lib.charts import plot_distributions, plot_dots, plot_panels
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +56,18 @@ def test_panels_share_one_scale():
     assert {(image.norm.vmin, image.norm.vmax) for image in drawn} == {(0.0, 5.0)}
     assert [ax.get_title() for ax in fig.axes[:3]] == ["low", "high", "third"]
     assert fig.axes[-1].get_ylabel() == "heat"
+
+
+def test_dots_stand_at_their_values_and_the_mean_below():
+    rows = [("AU-ROC", "cells"), ("AU-ROC", "screw"), ("AU-PRO", "screw")]
+    index = pd.MultiIndex.from_tuples(rows)
+    fig = plot_dots(pd.DataFrame({"before": [0.5, 0.7, 0.2], "after": [0.9, np.nan, 0.8]}, index), hollow=["before"])
+    left, right = fig.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["cells", "screw", "mean of 2"]
+    before, after = left.lines[:2]
+    np.testing.assert_allclose(before.get_xdata(), [0.5, 0.7, 0.6])
+    np.testing.assert_allclose(after.get_xdata(), [0.9, np.nan, 0.9])
+    assert before.get_markerfacecolor() == "none" and after.get_markerfacecolor() != "none"
+    assert right.get_xlabel() == "AU-PRO" and list(right.lines[1].get_xdata()) == [0.8, 0.8]
+    with pytest.raises(ValueError, match="no values to draw"):
+        plot_dots(pd.DataFrame())

@@ -144,10 +144,13 @@ def test_paths_are_seen_from_where_one_is(monkeypatch, tmp_path):
         (["train", "--device", "gpu"], "device = 'gpu': not available here"),
         (["distill", "--size", "XL"], "unknown network size 'XL'"),
         (["distill", "--backbone", "resnet81"], "resnet81"),
+        (["distill", "--recipe", "gpu"], "unknown recipe 'gpu': known are cpu, paper"),
         (["probe", "nothing.pth"], r"there is no .*nothing\.pth"),
         (["probe", "M"], "teacher 'M'.*Others are made by `effad distill`"),
         (["probe", "XS", "--image-size", "32", "32"], "at least 64 pixels"),
         (["probe", "XS", "--backbone", "resnet81"], "resnet81"),
+        (["probe", "XS", "--on", "elpv/momo"], "unknown category 'momo'.*Did you mean 'mono'"),
+        (["probe", "XS", "--on", "mvtec_ad/screw=nowhere"], "MVTec AD was not found in .*nowhere"),
         (["synthesize", "bored", "x"], "bored.*board"),
         (["synthesize", "board", "x", "--severity", "0", "2"], "severity"),
         (["run", "--profile", "quik"], "unknown profile 'quik'.*Did you mean 'quick'"),
@@ -246,13 +249,36 @@ def test_train_evaluate_and_detect(teacher, product, tmp_path, capsys, monkeypat
     assert (run / "model.safetensors").read_bytes() == before
 
 
-def test_probe_judges_a_teacher(teacher, product, capsys):
-    arguments = f"{teacher} --dataset folder --data-root {product} --image-size 64 64 --bank 100 --device cpu"
+def test_a_recipe_is_a_start_that_options_change(monkeypatch):
+    from effad_lib import distillation
+
+    made = []
+    monkeypatch.setattr(distillation, "distil", lambda settings: made.append(settings) or Run("runs/x"))
+    assert main("distill --recipe cpu --steps 7 --run-folder runs/x".split()) == 0
+    assert main("distill --run-folder runs/x".split()) == 0
+    short, paper = made
+    assert short.steps == 7 and short.run_folder == "runs/x"
+    assert (short.optimiser, short.schedule, short.backbone) == ("muon", "cosine", "resnet18")
+    assert paper == DistillationSettings(run_folder="runs/x"), "the default is the paper's"
+
+
+def test_probe_judges_teachers_and_records_it_in_their_cards(teacher, product, capsys):
+    arguments = f"{teacher} --on folder={product} --image-size 64 64 --bank 100 --device cpu --record"
     assert main(["probe", *arguments.split()]) == 0
-    name, header, untrained, distilled = capsys.readouterr().out.splitlines()
-    assert name == "folder/product" and {"image_auroc", "au_pro"} < set(header.split())
-    assert untrained.startswith("untrained PDN-XS") and distilled.startswith("teacher PDN-XS")
-    assert all(0 <= float(value) <= 1 for value in distilled.split()[2:])
+    header, detection, localisation, path = capsys.readouterr().out.splitlines()
+    assert header.split() == "untrained PDN-XS teacher PDN-XS".split()
+    assert detection.startswith("image AU-ROC folder/product") and localisation.split()[:2] == [
+        "AU-PRO",
+        "folder/product",
+    ]
+    card = json.loads(teacher.with_suffix(".json").read_text())
+    assert path == str(teacher.with_suffix(".json")) and card["channels"] == 8, "the rest of the card stays"
+    assert card["probe"]["bank"] == 100 and card["probe"]["image_size"] == [64, 64]
+    shown = [float(value) for line in (detection, localisation) for value in line.split()[-2:]]
+    kept = [row[kind] for row in card["probe"]["found"] for kind in ("untrained", "teacher")]
+    assert kept == pytest.approx(shown, abs=1e-3)
+    teacher.with_suffix(".json").unlink()
+    assert "it has no card pdn_xs.json" in failure(capsys, "probe", *arguments.split())
 
 
 def test_a_checkpoint_of_another_size_is_named(teacher, product, tmp_path, capsys):

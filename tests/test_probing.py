@@ -1,16 +1,20 @@
-"""Nearest neighbours as a probe: exact on small cases, spread out, evaluated like any detector."""
+"""Nearest neighbours as a probe: exact on small cases, spread out, evaluated like any detector; all in one table."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from sklearn.neighbors import NearestNeighbors as Reference
 from torch import nn
 from torch.nn import functional as F
 
-from effad_lib.datasets import Sample, Split
-from effad_lib.probing import NearestNeighbours, probe, spread_out
+from effad_lib.datasets import Sample, Split, load_dataset
+from effad_lib.images import ImageError
+from effad_lib.networks import PDN
+from effad_lib.probing import NearestNeighbours, candidates, compare, probe, spread_out, untrained
 from effad_lib.settings import SettingsError
 
 
@@ -52,12 +56,53 @@ def test_remembered_images_are_normal_and_a_spot_is_not():
     assert 38 <= rows <= 49 and 14 <= columns <= 25
 
 
-def test_what_cannot_be_judged_is_named(tmp_path):
-    sample = Sample(tmp_path / "a.png", None, 0, "good")
+def test_what_cannot_be_judged_is_named_before_anything_is_read(tmp_path):
+    sample = Sample(tmp_path / "absent.png", None, 0, "good")
+    good, empty = Split("good", (sample,), (), (sample,)), Split("own", (sample,), (), ())
+    pdn = {"untrained": untrained("XS", 8)}
     with pytest.raises(SettingsError, match="bank = 0"):
-        probe(Pixels(), Split("own", (sample,), (), (sample,)), (64, 64), bank=0)
+        compare(pdn, [good], (64, 64), bank=0)
     with pytest.raises(SettingsError, match="own has no test images"):
-        probe(Pixels(), Split("own", (sample,), (), ()), (64, 64))
+        compare(pdn, [good, empty], (64, 64))
+    with pytest.raises(ImageError, match="at least 64 pixels"):
+        compare(pdn, [good], (32, 64))
+
+
+def test_every_network_is_asked_for_every_data_set(tmp_path, picture):
+    folder, masked = tmp_path / "own", tmp_path / "masked"
+    for place in (folder, masked):
+        for index in range(13):
+            picture(place / "train" / "good" / f"{index}.png", seed=index)
+        picture(place / "test" / "good" / "0.png", seed=20)
+        picture(place / "test" / "hole" / "0.png", seed=21)
+    (masked / "ground_truth" / "hole").mkdir(parents=True)
+    Image.fromarray(np.eye(80, 96, dtype=np.uint8) * 255).save(masked / "ground_truth" / "hole" / "0.png")
+    splits = [load_dataset("folder", root=root) for root in (folder, masked)]
+    networks = {"one": untrained("XS", 8), "two": untrained("XS", 8, seed=1)}
+    table = compare(networks, splits, (64, 96), bank=50)
+    assert list(table.index) == [
+        ("image AU-ROC", "folder/own"), ("image AU-ROC", "folder/masked"), ("AU-PRO", "folder/masked")
+    ]  # fmt: skip
+    alone = probe(networks["two"], splits[1], (64, 96), bank=50)
+    assert table["two"]["AU-PRO", "folder/masked"] == alone["au_pro"] != table["one"]["AU-PRO", "folder/masked"]
+
+
+def test_untrained_networks_follow_their_seed_and_leave_the_global_one_alone():
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    one, same, other = (untrained("XS", 8, seed=seed).head.weight for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert untrained("XS", 8)(torch.randn(8, 3, 128, 128)).std() == pytest.approx(1, abs=0.2), "of unit variance"
+
+
+def test_candidates_stand_behind_an_untrained_network_of_their_size(tmp_path):
+    own = tmp_path / "own.safetensors"
+    save_file(PDN("XS").state_dict(), own)
+    networks = candidates(["XS", own, "S"], "efficientnet_lite2")
+    names = ["untrained PDN-XS", "teacher PDN-XS", f"teacher {own}", "untrained PDN-S", "teacher PDN-S"]
+    assert list(networks) == [*names, "backbone efficientnet_lite2"]
+    assert all(networks[name].padding for name in names)
 
 
 def test_the_bank_is_spread_out_and_the_seed_decides():

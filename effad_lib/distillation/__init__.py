@@ -1,11 +1,12 @@
 """Backbone → teacher: a patch description network learns to imitate a pretrained network's features (Algorithm 3)."""
 
 from effad_lib.distillation.loop import distil, learning_rate_factor
-from effad_lib.distillation.settings import DistillationSettings
+from effad_lib.distillation.settings import RECIPES, DistillationSettings, recipe
 from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation
-from effad_lib.distillation.teachers import TEACHERS, load_teacher, save_teacher
+from effad_lib.distillation.teachers import TEACHERS, load_teacher, save_teacher, teacher_files
 
 __all__ = [
+    "RECIPES",
     "TEACHERS",
     "DistillationSettings",
     "Views",
@@ -14,5 +15,7 @@ __all__ = [
     "fit_initialisation",
     "learning_rate_factor",
     "load_teacher",
+    "recipe",
     "save_teacher",
+    "teacher_files",
 ]

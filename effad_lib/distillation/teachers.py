@@ -53,6 +53,13 @@ def curve(losses: list[float], most: int = 150) -> list[float]:
     return [round(sum(group) / len(group), 4) for group in groups]
 
 
+def teacher_files(source: str | Path) -> tuple[Path, Path]:
+    """Return where a teacher's weights and its card should lie; `source` is a size or the path of a file."""
+    known = str(source).upper() in PDN_LAYERS
+    path = TEACHERS / f"pdn_{str(source).lower()}.safetensors" if known else resolve(source)
+    return path, path.with_suffix(".json")
+
+
 def load_teacher(source: str | Path, *, padding: bool = False) -> tuple[PDN, dict[str, Any]]:
     """Return a teacher in evaluation mode and its card.
 
@@ -61,9 +68,8 @@ def load_teacher(source: str | Path, *, padding: bool = False) -> tuple[PDN, dic
     dict (.pth, .pt or .safetensors) of convolutions in the PDN's order, as nelson1425/EfficientAD and anomalib publish
     them; size and channels follow from its layers. Raises `SettingsError` if it is missing, altered or unfit.
     """
+    path, card_path = teacher_files(source)
     known = str(source).upper() in PDN_LAYERS
-    path = TEACHERS / f"pdn_{str(source).lower()}.safetensors" if known else resolve(source)
-    card_path = path.with_suffix(".json")
     if not path.is_file() or (known and not card_path.is_file()):
         there = ", ".join(sorted(p.stem.removeprefix("pdn_").upper() for p in TEACHERS.glob("*.safetensors"))) or "none"
         raise SettingsError(
