@@ -70,8 +70,11 @@ class NearestNeighbours(nn.Module):
         features = (self.extractor(images) - self.mean) / self.std
         count, channels, height, width = features.shape
         rows = features.permute(0, 2, 3, 1).reshape(-1, channels)
-        nearest = torch.cat([torch.cdist(part, self.bank).amin(dim=1) for part in rows.split(4096)])
-        distances = nearest.view(count, 1, height, width) / channels**0.5
+        # |p − q|² = |p|² + |q|² − 2 p·q: one matrix product, and only its smallest entry of each row goes on.
+        norms = self.bank.square().sum(dim=1)
+        nearest = [torch.addmm(norms, part, self.bank.T, alpha=-2).amin(dim=1) for part in rows.split(4096)]
+        squared = (torch.cat(nearest) + rows.square().sum(dim=1)).clamp(min=0)
+        distances = (squared / channels).sqrt().view(count, 1, height, width)
         smooth = gaussian_blur(distances, 2 * round(3 * BLUR) + 1, BLUR)
         maps = F.interpolate(smooth, images.shape[-2:], mode="bilinear")
         return AnomalyMaps(maps, maps, maps)
@@ -86,12 +89,14 @@ def spread_out(rows: Tensor, count: int, generator: torch.Generator, dimensions:
         return torch.arange(len(rows), device=rows.device)
     projection = torch.randn(rows.shape[1], dimensions, generator=generator).to(rows) / dimensions**0.5
     points = rows @ projection
+    norms = points.square().sum(dim=1)
     chosen = torch.empty(count, dtype=torch.long, device=rows.device)
     nearest = torch.full((len(points),), float("inf"), device=rows.device)
     last = torch.zeros((), dtype=torch.long, device=rows.device)
     for index in tqdm(range(count), desc="choosing a bank", leave=False):
         chosen[index] = last
-        nearest = torch.minimum(nearest, (points - points[last]).square().sum(dim=1))
+        distances = torch.addmv(norms + norms[last], points, points[last], alpha=-2)  # |p|² + |q|² − 2 p·q
+        nearest = torch.minimum(nearest, distances)
         last = nearest.argmax()
     return chosen
 

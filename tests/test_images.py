@@ -1,5 +1,6 @@
 """Images in: what is read exactly, what is refused by name, the augmentation and the natural-image sampler."""
 
+import os
 import struct
 import sys
 import zlib
@@ -81,6 +82,27 @@ def test_find_images_does_not_leave_the_folder(tmp_path, rng):
     (tmp_path / "in/folder").symlink_to(outside.parent)
     (tmp_path / "in/broken.png").symlink_to(tmp_path / "nowhere.png")
     assert find_images(tmp_path / "in") == [inside]
+
+
+def test_find_images_has_the_order_of_sorted_paths(tmp_path):
+    for name in ("a/2.png", "a/10.png", "a.png", "a-b/1.png", "a/b/1.png", "B/1.png", "a0.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images(tmp_path) == sorted(path for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, rng, monkeypatch):
+    save(tmp_path / "a.png", noise(rng, 4, 4))
+    (tmp_path / "closed").mkdir()
+
+    def scandir(folder, real=os.scandir):
+        if folder.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ImageError, match=r"closed: the folder cannot be listed \(Permission denied\)"):
+        find_images(tmp_path)
 
 
 def test_find_images_in_an_empty_or_missing_folder(tmp_path):

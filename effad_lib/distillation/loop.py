@@ -70,9 +70,9 @@ def distil(settings: DistillationSettings) -> Run:
         natural, held_out = NaturalImages(folder, workers=workers), NaturalImages(folder, workers=workers)
         if settings.held_out >= len(natural):
             raise SettingsError(f"held_out = {settings.held_out}: only {len(natural)} photographs are there.")
-        chosen = torch.randperm(len(natural), generator=torch.Generator().manual_seed(0)).tolist()[: settings.held_out]
-        held_out.paths = [natural.paths[index] for index in chosen]
-        natural.paths = [path for index, path in enumerate(natural.paths) if index not in set(chosen)]
+        order = torch.randperm(len(natural), generator=torch.Generator().manual_seed(0)).tolist()
+        held_out.paths = [natural.paths[index] for index in order[: settings.held_out]]
+        natural.paths = [natural.paths[index] for index in sorted(order[settings.held_out :])]
         backbone = load_backbone(settings.backbone, settings.backbone_weights, width=settings.channels).to(device)
         if processes.rank == 0:
             run.start(settings, _sources(settings, folder, [*natural.paths, *held_out.paths]))
