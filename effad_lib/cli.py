@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import os
 import re
@@ -59,8 +60,10 @@ def settings_options(settings: type) -> list[Option]:
     """Return an option for each field of a settings dataclass, its help taken from the comment beside the field."""
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", inspect.getsource(settings), re.MULTILINE))
     hints = typing.get_type_hints(settings)
-    fields = settings.__dataclass_fields__.values()
-    return [Option(field.name, hints[field.name], field.default, comments.get(field.name, "")) for field in fields]
+    return [
+        Option(field.name, hints[field.name], field.default, comments.get(field.name, ""))
+        for field in dataclasses.fields(settings)
+    ]
 
 
 def given(options: argparse.Namespace, known: Iterable[Option]) -> dict[str, Any]:
@@ -134,7 +137,7 @@ def distill_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad distill`."""
     from effad_lib.distillation import RECIPES, DistillationSettings
 
-    start = f"settings that the others change: {' or '.join(RECIPES)}, an hour of two cores (default: paper)"
+    start = f"settings that the others change: {' or '.join(RECIPES)}, under an hour of two cores (default: paper)"
     parser.add_argument("--recipe", default="paper", help=start)
     add_options(parser, settings_options(DistillationSettings))
 

@@ -249,6 +249,13 @@ def test_train_evaluate_and_detect(teacher, product, tmp_path, capsys, monkeypat
     assert (run / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("settings", [TrainingSettings, DistillationSettings])
+def test_every_setting_is_an_option_with_a_help(settings):
+    options = cli.settings_options(settings)
+    assert [option.name for option in options] == list(settings().as_dict())
+    assert not [option.name for option in options if not option.help]
+
+
 def test_a_recipe_is_a_start_that_options_change(monkeypatch):
     from effad_lib import distillation
 

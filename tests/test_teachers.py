@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import pandas as pd
 import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
 
-from effad_lib.distillation import TEACHERS, load_teacher
+from effad_lib.distillation import RECIPES, TEACHERS, load_teacher
 from effad_lib.networks import PDN
 from effad_lib.settings import SettingsError
 
@@ -89,3 +90,21 @@ def test_shipped_teachers_answer_where_something_is(path):
     found = torch.stack([(change.sum(dim) * cells).sum(1) / change.sum((1, 2)) for dim in (2, 1)], dim=1)
     away = (found - (torch.tensor(corners) + 3.5)).mean(0)
     assert away.abs().max() < 1.3, f"on average {away} pixels off; half a cell is 2"
+
+
+def test_the_shipped_s_follows_the_recipe_for_cpus():
+    _, card = load_teacher("S")
+    kept = card["settings"]
+    assert {name: kept[name] for name in RECIPES["cpu"]} == RECIPES["cpu"]
+
+
+@pytest.mark.parametrize("path", sorted(TEACHERS.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_shipped_teachers_find_anomalies_like_their_backbone_and_untrained_networks_do_not(path):
+    """The rule for shipping, on what `effad probe --record` measured: without any training of a detector."""
+    kept = load_teacher(path)[1]["probe"]
+    found = pd.DataFrame(kept["found"])
+    assert {"elpv/mono", "mvtec_ad/screw"} < set(found["data"]) and kept["backbone"]
+    assert sum(name.startswith("synthetic/") for name in found["data"].unique()) >= 3
+    mean = found.groupby("metric")[["untrained", "teacher", "backbone"]].mean()
+    assert set(mean.index) == {"image AU-ROC", "AU-PRO"}
+    assert (mean["teacher"] > mean["untrained"] + 0.02).all() and (mean["teacher"] > mean["backbone"] - 0.05).all()

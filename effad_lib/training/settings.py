@@ -19,7 +19,7 @@ class TrainingSettings(Settings):
 
     MAY_CHANGE = frozenset({"run_folder", "device", "data_root", "penalty_images", "teacher"})
 
-    run_folder: str = "runs/training"
+    run_folder: str = "runs/training"  # a finished run in it is loaded, an interrupted one continued
     dataset: str = "synthetic"  # mvtec_ad, folder, elpv, synthetic, or one registered by the user
     category: str = ""  # which category, product or kind of cell; "" takes the data set's default
     data_root: str = ""  # folder of the data set; "" takes the default under data/
@@ -27,17 +27,17 @@ class TrainingSettings(Settings):
     teacher: str = ""  # a file of `effad distill` or public weights, or a size; "" takes the shipped one of this size
     padding: bool = False  # the paper's headline figures use the unpadded networks
     image_size: list[int] = (256, 256)  # height and width in pixels
-    steps: int = 70_000
-    batch_size: int = 1
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-5
+    steps: int = 70_000  # optimiser steps
+    batch_size: int = 1  # images in a step
+    learning_rate: float = 1e-4  # of Adam
+    weight_decay: float = 1e-5  # of Adam
     schedule: str = "step"  # ×0.1 after 95 % of the steps (paper), or "cosine" with 5 % warm-up
     initialisation: str = "default"  # torch's, or "scaled": layers of unit variance, for short schedules
     hard_quantile: float = 0.999  # share of the student–teacher differences that is left out of the loss
-    weight_hard: float = 1.0
-    weight_penalty: float = 1.0
-    weight_autoencoder: float = 1.0
-    weight_student_autoencoder: float = 1.0
+    weight_hard: float = 1.0  # of the hard feature loss
+    weight_penalty: float = 1.0  # of the pretraining penalty
+    weight_autoencoder: float = 1.0  # of the autoencoder's loss
+    weight_student_autoencoder: float = 1.0  # of the loss by which the student imitates the autoencoder
     penalty_images: str = ""  # folder of natural images; "" takes the photographs inside installed packages
     penalty_crop_scale: list[float] = ()  # [low, high]: random crops of this share; [] see `penalty_crops`
     validation_share: float = 0.1  # of the training images, held out for calibration and checkpoints
@@ -47,9 +47,9 @@ class TrainingSettings(Settings):
     checkpoint_every: int = 1000  # steps between checkpoints
     cache_gb: float = 2.0  # room for the teacher's output on the training images, computed once if it fits
     ablation_steps: int = 0  # steps of a second training without the penalty that notebook 03 compares with; 0 skips it
-    seed: int = 0
-    precision: str = "float32"
-    device: str = "auto"
+    seed: int = 0  # of everything random
+    precision: str = "float32"  # float32, bfloat16 or float16
+    device: str = "auto"  # auto, cpu, cuda or mps
 
     def check(self) -> None:
         check_network(self.size)
