@@ -93,8 +93,8 @@ def plot_panels(
 def plot_dots(table: pd.DataFrame, *, hollow: Collection[str] = ()) -> Figure:
     """A panel for each metric, in it a line for each data set and one for their mean, with a mark for each competitor.
 
-    table: rows (metric, data set), a column for each competitor; NaN is not drawn; hollow: competitors whose marks are
-    not filled. Raises ValueError if there is nothing to draw.
+    table: rows (metric, data set), a column for each competitor; NaN is not drawn; hollow: competitors that get the
+    empty mark of the one after them, of which they are the "before". Raises ValueError if there is nothing to draw.
     """
     if table.empty:
         raise ValueError("no values to draw")
@@ -106,11 +106,12 @@ def plot_dots(table: pd.DataFrame, *, hollow: Collection[str] = ()) -> Figure:
     for ax, metric in zip(axes[0], metrics, strict=True):
         part = table.loc[metric]
         names = [*part.index, f"mean of {len(part)}"]
-        for place, (name, values) in enumerate(part.items()):
+        place = 0
+        for name, values in part.items():
             x, colour = [*values, values.mean()], PALETTE[place % len(PALETTE)]
             face = "none" if name in hollow else colour
-            marker = "osD^vP*X"[place % 8]
-            ax.plot(x, range(len(x)), marker, color=colour, markerfacecolor=face, markersize=7, label=name)
+            ax.plot(x, range(len(x)), "osD^vP*X"[place % 8], color=colour, markerfacecolor=face, label=name)
+            place += name not in hollow
         ax.axhline(len(part) - 0.5, color="black", linewidth=0.8)
         ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=metric)
         ax.grid(alpha=0.3)

@@ -73,18 +73,18 @@ def given(options: argparse.Namespace, known: Iterable[Option]) -> dict[str, Any
     return values | ({"teacher": as_teacher(values["teacher"])} if "teacher" in values else {})
 
 
-def as_path(given: str) -> str:
+def as_path(path: str) -> str:
     """Return a path as seen from the project; "" stays as it is."""
     from effad_lib.batch import from_project
 
-    return given and from_project(given)
+    return path and from_project(path)
 
 
-def as_teacher(given: str) -> str:
+def as_teacher(name: str) -> str:
     """Return the size of a shipped teacher as it is, a file's path as seen from the project."""
     from effad_lib.networks import PDN_LAYERS
 
-    return given if given.upper() in PDN_LAYERS else as_path(given)
+    return name if name.upper() in PDN_LAYERS else as_path(name)
 
 
 # --- the commands: for each its options and its work ----------------------------------------------------------------
@@ -169,7 +169,7 @@ def probe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="", help="also judge this one, at twice the image size (default: none)")
     parser.add_argument("--backbone-weights", default="", help="a local file (default: as published)")
     parser.add_argument("--record", action="store_true", help="write what was found into the cards of the teachers")
-    parser.add_argument("--seed", type=int, default=0, help="of the remembered features (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of splits, banks and untrained networks (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
 
 
@@ -178,26 +178,26 @@ def probe(options: argparse.Namespace) -> int:
     from effad_lib import probing
     from effad_lib.settings import pick_device
 
-    device, splits = pick_device(options.device), [_data(given, options.seed) for given in options.on]
-    teachers = [as_teacher(given) for given in options.teachers]
-    if options.record:
-        probing.check_cards(teachers)
+    device, teachers = pick_device(options.device), [as_teacher(name) for name in options.teachers]
+    cards = probing.read_cards(teachers, options.backbone) if options.record else []
     networks = probing.candidates(teachers, options.backbone, as_path(options.backbone_weights), seed=options.seed)
     networks = {name: network.to(device) for name, network in networks.items()}
+    splits = [_data(name, options.seed) for name in options.on]
     table = probing.compare(networks, splits, tuple(options.image_size), bank=options.bank, seed=options.seed)
     print(table.round(3).to_string(na_rep="–"))
     if options.record:
         settings = {name: getattr(options, name) for name in ("image_size", "bank", "backbone", "seed")}
-        for path in probing.record(teachers, table, settings):
+        images = {split.name: {"train": len(split.train), "test": len(split.test)} for split in splits}
+        for path in probing.record(teachers, cards, table, {**settings, "images": images}):
             print(path)
     return 0
 
 
-def _data(given: str, seed: int) -> Any:
+def _data(text: str, seed: int) -> Any:
     """Return the `Split` that DATASET[/CATEGORY][=FOLDER] names."""
     from effad_lib.datasets import load_dataset
 
-    name, _, folder = given.partition("=")
+    name, _, folder = text.partition("=")
     dataset, _, category = name.partition("/")
     return load_dataset(dataset, root=as_path(folder), category=category, seed=seed)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,12 +15,12 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm.auto import tqdm
 
 from effad_lib.backbones import Backbone, load_backbone
-from effad_lib.datasets import Split
+from effad_lib.datasets import Split, verify
 from effad_lib.detector import AnomalyMaps
 from effad_lib.distillation import channel_statistics, load_teacher, teacher_files
 from effad_lib.evaluation import evaluate
 from effad_lib.images import Size, check_size, load_images, to_float
-from effad_lib.networks import PDN, Normalise, initialise
+from effad_lib.networks import PDN, PDN_LAYERS, Normalise, initialise
 from effad_lib.runs import write_json
 from effad_lib.settings import SettingsError
 
@@ -76,8 +77,19 @@ class NearestNeighbours(nn.Module):
         squared = (torch.cat(nearest) + rows.square().sum(dim=1)).clamp(min=0)
         distances = (squared / channels).sqrt().view(count, 1, height, width)
         smooth = gaussian_blur(distances, 2 * round(3 * BLUR) + 1, BLUR)
-        maps = F.interpolate(smooth, images.shape[-2:], mode="bilinear")
+        maps = _enlarged(smooth, images.shape[-2:])
         return AnomalyMaps(maps, maps, maps)
+
+
+def _enlarged(cells: Tensor, size: Size) -> Tensor:
+    """Interpolate cells [N, 1, h, w] to `size`, cell (i, j) at pixel (i·s, j·s) for a stride s, where it is centred.
+
+    `F.interpolate` alone would take its centre for (i·s + (s − 1) / 2, …) and shift every map by that half cell.
+    """
+    strides = [-(-side // count) for side, count in zip(size, cells.shape[-2:], strict=True)]
+    between = [stride * (count - 1) + 1 for stride, count in zip(strides, cells.shape[-2:], strict=True)]
+    maps = F.interpolate(cells, between, mode="bilinear", align_corners=True)
+    return F.pad(maps, (0, size[1] - between[1], 0, size[0] - between[0]), mode="replicate")
 
 
 def spread_out(rows: Tensor, count: int, generator: torch.Generator, dimensions: int = 64) -> Tensor:
@@ -110,8 +122,9 @@ def probe(
 ) -> dict[str, float | None]:
     """Return the `METRICS` that nearest neighbours reach with a network's features on the test images of a split.
 
-    A PDN sees the images at `image_size`, a backbone at twice that, as in Algorithm 3. AU-PRO is None without masks.
-    See `NearestNeighbours.fit`. Raises `SettingsError` for an empty bank or a split without test images.
+    `network` is a padded PDN, which sees the images at `image_size`, or a backbone, which sees them at twice that, as
+    in Algorithm 3. AU-PRO is None without masks. See `NearestNeighbours.fit`. Raises `SettingsError` for an empty bank
+    or a split whose test images are not both good and defective.
     """
     height, width = _check([split], image_size, bank)
     device = next(network.parameters()).device
@@ -128,15 +141,18 @@ def _check(splits: Sequence[Split], image_size: Size, bank: int) -> Size:
     if bank < 1:
         raise SettingsError(f"bank = {bank}: takes a positive number of features.")
     for split in splits:
-        if not split.test:
-            raise SettingsError(f"{split.name} has no test images to judge by. Name another data set.")
+        if {sample.label for sample in split.test} != {0, 1}:
+            raise SettingsError(f"{split.name} has no good or no defective test images to judge by. Name another.")
+    names = [split.name for split in splits]
+    if len(set(names)) < len(names):
+        raise SettingsError(f"data sets {', '.join(names)}: each takes a name of its own.")
     return check_size(image_size)
 
 
 def untrained(size: str, channels: int = 384, *, seed: int = 0) -> PDN:
     """Return a padded PDN that has learned nothing: He weights, each layer scaled to unit variance on noise."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)
         pdn = PDN(size, channels, padding=True).requires_grad_(False)
         initialise(pdn, torch.randn(4, 3, 128, 128))
     return pdn.eval()
@@ -144,27 +160,44 @@ def untrained(size: str, channels: int = 384, *, seed: int = 0) -> PDN:
 
 def candidates(
     teachers: Sequence[str | Path], backbone: str = "", weights: str | Path = "", *, seed: int = 0
-) -> dict[str, nn.Module]:
-    """Return teachers by name, each behind an untrained PDN of its size, and their backbone last, if one is named.
+) -> dict[str, PDN | Backbone]:
+    """Return teachers by name, each behind an untrained PDN of its size, and a backbone last, if one is named.
 
-    A teacher is a size or a file, see `load_teacher`; a second one of a size is named by its file.
+    A teacher is a size or a file, see `load_teacher`. Raises `SettingsError` for one that is named twice.
     """
-    found: dict[str, nn.Module] = {}
+    found: dict[str, PDN | Backbone] = {}
     for source in teachers:
         pdn, card = load_teacher(source, padding=True)
         found.setdefault(f"untrained {card['network']}", untrained(pdn.size, pdn.out_channels, seed=seed))
-        name = f"teacher {card['network']}"
-        found[name if name not in found else f"teacher {source}"] = pdn
+        if (name := _title(source)) in found:
+            raise SettingsError(f"{name} is named twice.")
+        found[name] = pdn
     if backbone:
         found[f"backbone {backbone}"] = load_backbone(backbone, weights, width=pdn.out_channels)
     return found
 
 
+def _title(source: str | Path) -> str:
+    """Return the name of a teacher in a table."""
+    size = str(source).upper()
+    return f"teacher PDN-{size}" if size in PDN_LAYERS else f"teacher {source}"
+
+
 def compare(
-    networks: Mapping[str, nn.Module], splits: Sequence[Split], image_size: Size, *, bank: int = 5000, seed: int = 0
+    networks: Mapping[str, PDN | Backbone],
+    splits: Sequence[Split],
+    image_size: Size,
+    *,
+    bank: int = 5000,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """Return what `probe` finds: a row for each metric and data set, a column for each network."""
+    """Return what `probe` finds: a row for each metric and data set, a column for each network.
+
+    All images are decoded once before the work begins. Raises as `probe`, and `DatasetError` for faulty images.
+    """
     _check(splits, image_size, bank)
+    for split in splits:
+        verify(split)
     found: dict[tuple[str, str], dict[str, float]] = {}
     pairs = [(name, split) for split in splits for name in networks]
     for name, split in tqdm(pairs, desc="probing"):
@@ -174,26 +207,44 @@ def compare(
     return pd.DataFrame.from_dict(found, orient="index")
 
 
-def check_cards(teachers: Sequence[str | Path]) -> None:
-    """Raise `SettingsError` for a teacher without a card, in which `record` could write nothing."""
+def read_cards(teachers: Sequence[str | Path], backbone: str) -> list[dict[str, Any]]:
+    """Return the cards of teachers in which `record` shall write.
+
+    Raises `SettingsError` for a teacher without one, or that imitates another backbone than the one it is judged with.
+    """
+    cards = []
     for source in teachers:
-        path, card = teacher_files(source)
-        if not card.is_file():
-            raise SettingsError(f"teacher {path}: it has no card {card.name} beside it to record in.")
+        path, card_path = teacher_files(source)
+        if not card_path.is_file():
+            raise SettingsError(f"teacher {path}: it has no card {card_path.name} beside it to record in.")
+        card = json.loads(card_path.read_text(encoding="utf-8"))
+        own = card.get("settings", {}).get("backbone", backbone)
+        if backbone not in ("", own):
+            raise SettingsError(f"teacher {path} imitates {own}, not {backbone}: record it with its own backbone.")
+        cards.append(card)
+    return cards
 
 
-def record(teachers: Sequence[str | Path], table: pd.DataFrame, settings: Mapping[str, object]) -> list[Path]:
-    """Write what `compare` found for teachers, each by the name `candidates` gave it, into their cards.
+def record(
+    teachers: Sequence[str | Path], cards: Sequence[dict[str, Any]], table: pd.DataFrame, settings: Mapping[str, Any]
+) -> list[Path]:
+    """Write what `compare` found for `candidates` into the teachers' cards, which `read_cards` returned before.
 
     A card gets `probe`: the settings, and for each row of the table the values of the untrained PDN, of the teacher and
-    of the backbone, if there is one. Returns the cards' paths.
+    of its backbone, if that was judged. Returns the cards' paths. Raises `SettingsError` for a teacher that was
+    replaced meanwhile.
     """
-    paths, backbone = [], [column for column in table if column.startswith("backbone")]
-    for source, name in zip(teachers, (name for name in table if name.startswith("teacher")), strict=True):
+    paths = []
+    for source, before in zip(teachers, cards, strict=True):
         path = teacher_files(source)[1]
         card = json.loads(path.read_text(encoding="utf-8"))
-        columns = {"untrained": f"untrained {card['network']}", "teacher": name}
-        columns |= dict(zip(("backbone",), backbone, strict=False))
+        if card["sha256"] != before["sha256"]:
+            raise SettingsError(
+                f"teacher {source} was replaced while it was judged: nothing is recorded. Probe it anew."
+            )
+        columns = {"untrained": f"untrained {card['network']}", "teacher": _title(source)}
+        if settings["backbone"]:
+            columns["backbone"] = f"backbone {settings['backbone']}"
         found = [
             {"metric": metric, "data": data} | {kind: round(row[column], 4) for kind, column in columns.items()}
             for (metric, data), row in table.iterrows()

@@ -273,7 +273,7 @@ def test_probe_judges_teachers_and_records_it_in_their_cards(teacher, product, c
     arguments = f"{teacher} --on folder={product} --image-size 64 64 --bank 100 --device cpu --record"
     assert main(["probe", *arguments.split()]) == 0
     header, detection, localisation, path = capsys.readouterr().out.splitlines()
-    assert header.split() == "untrained PDN-XS teacher PDN-XS".split()
+    assert header.split() == ["untrained", "PDN-XS", "teacher", str(teacher)]
     assert detection.startswith("image AU-ROC folder/product") and localisation.split()[:2] == [
         "AU-PRO",
         "folder/product",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -11,10 +15,20 @@ from sklearn.neighbors import NearestNeighbors as Reference
 from torch import nn
 from torch.nn import functional as F
 
-from effad_lib.datasets import Sample, Split, load_dataset
+from effad_lib.datasets import DatasetError, Sample, Split, load_dataset
 from effad_lib.images import ImageError
-from effad_lib.networks import PDN
-from effad_lib.probing import NearestNeighbours, candidates, compare, probe, spread_out, untrained
+from effad_lib.networks import PDN, feature_size
+from effad_lib.probing import (
+    NearestNeighbours,
+    _enlarged,
+    candidates,
+    compare,
+    probe,
+    read_cards,
+    record,
+    spread_out,
+    untrained,
+)
 from effad_lib.settings import SettingsError
 
 
@@ -58,12 +72,17 @@ def test_remembered_images_are_normal_and_a_spot_is_not():
 
 def test_what_cannot_be_judged_is_named_before_anything_is_read(tmp_path):
     sample = Sample(tmp_path / "absent.png", None, 0, "good")
-    good, empty = Split("good", (sample,), (), (sample,)), Split("own", (sample,), (), ())
+    bad = replace(sample, label=1)
+    good, one_sided = Split("good", (sample,), (), (sample, bad)), Split("own", (sample,), (), (sample,))
     pdn = {"untrained": untrained("XS", 8)}
     with pytest.raises(SettingsError, match="bank = 0"):
         compare(pdn, [good], (64, 64), bank=0)
-    with pytest.raises(SettingsError, match="own has no test images"):
-        compare(pdn, [good, empty], (64, 64))
+    with pytest.raises(SettingsError, match="own has no good or no defective test images"):
+        compare(pdn, [good, one_sided], (64, 64))
+    with pytest.raises(SettingsError, match="data sets good, good: each takes a name of its own"):
+        compare(pdn, [good, good], (64, 64))
+    with pytest.raises(DatasetError, match=r"absent\.png"):
+        compare(pdn, [good], (64, 64))
     with pytest.raises(ImageError, match="at least 64 pixels"):
         compare(pdn, [good], (32, 64))
 
@@ -87,6 +106,50 @@ def test_every_network_is_asked_for_every_data_set(tmp_path, picture):
     assert table["two"]["AU-PRO", "folder/masked"] == alone["au_pro"] != table["one"]["AU-PRO", "folder/masked"]
 
 
+def test_a_backbone_sees_twice_the_size_and_its_maps_have_that_of_the_images(tmp_path, picture):
+    for place in (*(f"train/good/{index}" for index in range(13)), "test/good/0", "test/hole/0"):
+        picture(tmp_path / "own" / f"{place}.png", seed=len(place))
+    split = load_dataset("folder", root=tmp_path / "own")
+    seen = []
+    backbone = candidates(["XS"], "efficientnet_lite2")["backbone efficientnet_lite2"]
+    backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-2:]))
+    table = compare({"backbone": backbone}, [split], (64, 96), bank=20)
+    assert set(seen) == {(128, 192)} and list(table.index) == [("image AU-ROC", "folder/own")]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (70, 90)])
+def test_maps_have_their_peak_where_the_cell_is_centred(size):
+    """Cell (i, j) of a padded PDN looks at pixel (4i, 4j): no half cell beside it."""
+    rows, columns = feature_size(size, padding=True)
+    cells = torch.zeros(1, 1, rows, columns)
+    cells[0, 0, 9, 5] = 1
+    maps = _enlarged(cells, size)
+    assert maps.shape[-2:] == size and divmod(maps.argmax().item(), size[1]) == (36, 20) and maps.max() == 1
+    assert maps[0, 0, 38, 20] == pytest.approx(0.5)
+    corner = torch.zeros(1, 1, rows, columns)
+    corner[0, 0, -1, -1] = 1
+    assert _enlarged(corner, size)[0, 0, -1, -1] == 1
+
+
+def test_a_teacher_that_changed_meanwhile_or_has_another_backbone_is_not_recorded(tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    card = {"network": "PDN-XS", "sha256": "a", "settings": {"backbone": "resnet18"}}
+    path.with_suffix(".json").write_text(json.dumps(card))
+    with pytest.raises(SettingsError, match="imitates resnet18, not efficientnet_lite2"):
+        read_cards([path], "efficientnet_lite2")
+    cards = read_cards([path], "resnet18")
+    row = {"untrained PDN-XS": 0.5, f"teacher {path}": 0.75, "backbone resnet18": 0.87654}
+    table = pd.DataFrame(row, index=pd.MultiIndex.from_tuples([("AU-PRO", "own")]))
+    record([path], cards, table, {"backbone": "resnet18"})
+    kept = json.loads(path.with_suffix(".json").read_text())
+    assert kept["probe"]["found"] == [
+        {"metric": "AU-PRO", "data": "own", "untrained": 0.5, "teacher": 0.75, "backbone": 0.8765}
+    ]
+    path.with_suffix(".json").write_text(json.dumps(card | {"sha256": "b"}))
+    with pytest.raises(SettingsError, match="replaced while it was judged"):
+        record([path], cards, table, {"backbone": "resnet18"})
+
+
 def test_untrained_networks_follow_their_seed_and_leave_the_global_one_alone():
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
@@ -101,6 +164,8 @@ def test_candidates_stand_behind_an_untrained_network_of_their_size(tmp_path):
     save_file(PDN("XS").state_dict(), own)
     networks = candidates(["XS", own, "S"], "efficientnet_lite2")
     names = ["untrained PDN-XS", "teacher PDN-XS", f"teacher {own}", "untrained PDN-S", "teacher PDN-S"]
+    with pytest.raises(SettingsError, match="teacher PDN-XS is named twice"):
+        candidates(["XS", "xs"])
     assert list(networks) == [*names, "backbone efficientnet_lite2"]
     assert all(networks[name].padding for name in names)
 
