@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
@@ -211,6 +212,13 @@ class NaturalImages:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def part(self, indices: Iterable[int]) -> NaturalImages:
+        """Return the photographs of these indices as a collection of its own."""
+        part = copy.copy(self)
+        part.paths = [self.paths[index] for index in indices]
+        part.skipped, part._kept = {}, {}
+        return part
 
     def read(self, index: int) -> Tensor:
         """Return photograph `index` as uint8 [3, H, W], its longest side at most `longest_side` pixels."""

@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from effad_lib.backbones import file_sha256, load_backbone
+from effad_lib.backbones import file_sha256, load_backbone, weights_file
 from effad_lib.distillation.muon import Muon
 from effad_lib.distillation.processes import Processes, joined
 from effad_lib.distillation.settings import DistillationSettings
-from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation
+from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation, prefetched
 from effad_lib.distillation.teachers import save_teacher
 from effad_lib.images import NaturalImages
 from effad_lib.networks import PDN
@@ -67,12 +66,17 @@ def distil(settings: DistillationSettings) -> Run:
                 f"batch_size = {settings.batch_size}: {processes.count} processes cannot share it equally."
             )
         workers = 0 if device.type == "cpu" else (os.cpu_count() or 1) // processes.count
-        natural, held_out = NaturalImages(folder, workers=workers), NaturalImages(folder, workers=workers)
-        if settings.held_out >= len(natural):
-            raise SettingsError(f"held_out = {settings.held_out}: only {len(natural)} photographs are there.")
-        order = torch.randperm(len(natural), generator=torch.Generator().manual_seed(0)).tolist()
-        held_out.paths = [natural.paths[index] for index in order[: settings.held_out]]
-        natural.paths = [natural.paths[index] for index in sorted(order[settings.held_out :])]
+        every = NaturalImages(folder, workers=workers)
+        if settings.held_out >= len(every):
+            where = f"in {folder}" if folder else "inside the installed packages"
+            raise SettingsError(
+                f"held_out = {settings.held_out}: only {len(every)} photographs are {where}. Hold out fewer, or name a "
+                f"folder of more in images."
+            )
+        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
+        held_out, natural = every.part(order[: settings.held_out]), every.part(sorted(order[settings.held_out :]))
+        for some in (natural, held_out) if len(held_out) else (natural,):
+            some.sample(1, settings.image_size, torch.Generator())  # raises if none can be read: now, not at the end
         backbone = load_backbone(settings.backbone, settings.backbone_weights, width=settings.channels).to(device)
         if processes.rank == 0:
             run.start(settings, _sources(settings, folder, [*natural.paths, *held_out.paths]))
@@ -131,12 +135,14 @@ class Distiller:
         """Distil from the current step to the last one, logging and saving on the way."""
         settings, began = self.settings, time.monotonic() - self.seconds
         saved, first = time.monotonic(), self.processes.rank == 0
+        asked, waited = time.monotonic(), 0.0  # for images
         with (
             finish_step_on_interrupt() as interrupted,
             _board(self.run, self.step, first) as write,
             tqdm(initial=self.step, total=settings.steps, desc=f"distilling {settings.size}", disable=not first) as bar,
         ):
             for large, drawn in self._batches():
+                waited += time.monotonic() - asked
                 self.recent.append(self.train_step(large))
                 self.step += 1
                 bar.update()
@@ -144,10 +150,13 @@ class Distiller:
                 if self.step % LOG_EVERY == 0 or last:
                     value = self._log()
                     write("distillation/loss", value, self.step)
+                    write("distillation/seconds_waited_for_images", waited, self.step)
+                    waited = 0.0
                     bar.set_postfix(loss=f"{value:.3f}")
                 self.seconds = time.monotonic() - began
                 due = time.monotonic() - saved > settings.checkpoint_seconds
-                stop = self.processes.any(interrupted(), self.device)
+                together = self.processes.count == 1 or self.step % LOG_EVERY == 0 or last  # asking the others waits
+                stop = together and self.processes.any(interrupted(), self.device)
                 self.unreadable.update(self.views.natural.skipped)
                 if stop or last:
                     self.unreadable = self.processes.union(self.unreadable)
@@ -157,28 +166,20 @@ class Distiller:
                 if stop and not last:
                     self.processes.wait()  # for the first one to save: torchrun ends all as soon as one has ended
                     raise KeyboardInterrupt(f"stopped after step {self.step}; started again, the run continues there")
+                asked = time.monotonic()
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this process's views of each remaining step, with the generator's state after drawing them.
+        """Return this process's views of each remaining step, with the generator's state after drawing them.
 
-        On an accelerator the next batch is read while the last one is worked on.
+        On an accelerator the next batches are read while it works on this one.
         """
-        remaining = self.settings.steps - self.step
+        accelerated = self.device.type != "cpu"
 
         def draw() -> tuple[Tensor, Tensor]:
             large = self.views.sample(self.settings.batch_size, self.generator, self.processes.share)
-            return large, self.generator.get_state()
+            return large.pin_memory() if self.device.type == "cuda" else large, self.generator.get_state()
 
-        if self.device.type == "cpu":
-            yield from (draw() for _ in range(remaining))
-            return
-        with ThreadPoolExecutor(max_workers=1) as ahead:
-            following = ahead.submit(draw) if remaining else None
-            for left in range(remaining, 0, -1):
-                batch = following.result()
-                if left > 1:
-                    following = ahead.submit(draw)
-                yield batch
+        return prefetched(draw, self.settings.steps - self.step, ahead=3 if accelerated else 0)
 
     def train_step(self, large: Tensor) -> Tensor:
         """Take one step on views [N, 3, 2H, 2W] and return the loss, detached."""
@@ -239,7 +240,7 @@ class Distiller:
         metrics["seconds"] = round(self.seconds, 1)
         metrics["losses"], metrics["explained_variance"] = self.losses, explained
         photographs = len(self.views.natural) - len(self.unreadable)
-        save_teacher(self.run, self.settings, self.pdn, metrics, photographs)
+        save_teacher(self.run, self.settings, self.pdn, metrics, photographs, len(self.unreadable))
         self.run.finish(metrics | {"steps": self.settings.steps})
 
     @torch.no_grad()
@@ -267,10 +268,9 @@ class Distiller:
 
 def _sources(settings: DistillationSettings, folder: Path | str, photographs: list[Path]) -> dict[str, str]:
     """Return what a distillation is made from: the hash of the backbone's file and of the photographs' names."""
-    weights = settings.backbone_weights
     names = "\n".join(sorted(str(path.relative_to(folder)) if folder else path.name for path in photographs))
     return {
-        "backbone": file_sha256(resolve(weights)) if weights else "as published",
+        "backbone": file_sha256(weights_file(settings.backbone, settings.backbone_weights)),
         "photographs": hashlib.sha256(names.encode()).hexdigest(),
     }
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.images import NaturalImages
 from effad_lib.networks import PDN, Normalise, feature_size, initialise
 from effad_lib.settings import SettingsError
+
+Drawn = TypeVar("Drawn")
 
 
 class Views:
@@ -50,6 +55,19 @@ class Views:
             rows, columns = feature_size(self.settings.image_size, padding=False)
             features = features[..., 4 : 4 + rows, 4 : 4 + columns]
         return Normalise().to(large.device)(small), features
+
+
+def prefetched(draw: Callable[[], Drawn], count: int, ahead: int) -> Iterator[Drawn]:
+    """Yield `count` results of `draw` in order, up to `ahead` of them made in a thread before they are asked for."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        waiting: deque[Future[Drawn]] = deque()
+        try:
+            for left in range(count, 0, -1):
+                while len(waiting) < min(ahead, left):
+                    waiting.append(thread.submit(draw))
+                yield waiting.popleft().result() if waiting else draw()
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
 def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

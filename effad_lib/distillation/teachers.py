@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from safetensors.torch import save
 from torch import Tensor
 
@@ -23,7 +24,9 @@ TEACHERS = PROJECT / "data" / "teachers"
 """Where the shipped teachers lie, each `pdn_<size>.safetensors` with its card `pdn_<size>.json`."""
 
 
-def save_teacher(run: Run, settings: DistillationSettings, pdn: PDN, metrics: dict[str, Any], photographs: int) -> None:
+def save_teacher(
+    run: Run, settings: DistillationSettings, pdn: PDN, metrics: dict[str, Any], photographs: int, unreadable: int
+) -> None:
     """Write `teacher.safetensors`, in half precision, and its card `teacher.json` into the run's folder."""
     weights = {name: value.detach().half().contiguous().cpu() for name, value in pdn.state_dict().items()}
     path = write_bytes(run.folder / "teacher.safetensors", save(weights))
@@ -35,11 +38,13 @@ def save_teacher(run: Run, settings: DistillationSettings, pdn: PDN, metrics: di
         "channels": settings.channels,
         "sha256": file_sha256(path),
         "photographs": photographs,
+        "unreadable": unreadable,
+        "photographs_sha256": run.sources["photographs"],  # of their names
         "backbone_sha256": run.sources["backbone"],
         **{name: value for name, value in metrics.items() if name not in ("losses", "explained_variance")},
         "command": f"effad distill {named.as_options(leave_out=('run_folder', 'device', 'checkpoint_seconds'))}",
         "settings": {name: value for name, value in named.as_dict().items() if name not in ("run_folder", "device")},
-        "versions": {"effad": __version__, "torch": torch.__version__},
+        "versions": {"effad": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
         "losses": curve(metrics["losses"]),
         "explained_variance": metrics["explained_variance"],
     }
