@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from effad_lib.distillation import RECIPES, TEACHERS, load_teacher
 from effad_lib.networks import PDN
 from effad_lib.settings import SettingsError
+from effad_lib.synthesis import product_names
 
 
 def foreign_pdn(size: str, channels: int, layout: str) -> torch.nn.Module:
@@ -101,10 +102,11 @@ def test_the_shipped_s_follows_the_recipe_for_cpus():
 @pytest.mark.parametrize("path", sorted(TEACHERS.glob("*.safetensors")), ids=lambda path: path.stem)
 def test_shipped_teachers_find_anomalies_like_their_backbone_and_untrained_networks_do_not(path):
     """The rule for shipping, on what `effad probe --record` measured: without any training of a detector."""
-    kept = load_teacher(path)[1]["probe"]
-    found = pd.DataFrame(kept["found"])
-    assert {"elpv/mono", "mvtec_ad/screw"} < set(found["data"]) and kept["backbone"]
-    assert sum(name.startswith("synthetic/") for name in found["data"].unique()) >= 3
+    card = load_teacher(path)[1]
+    kept, found = card["probe"], pd.DataFrame(card["probe"]["found"])
+    assert set(found["data"]) == {"elpv/mono", "mvtec_ad/screw", *(f"synthetic/{name}" for name in product_names())}
+    assert kept["backbone"] == card["settings"]["backbone"]
     mean = found.groupby("metric")[["untrained", "teacher", "backbone"]].mean()
     assert set(mean.index) == {"image AU-ROC", "AU-PRO"}
-    assert (mean["teacher"] > mean["untrained"] + 0.02).all() and (mean["teacher"] > mean["backbone"] - 0.05).all()
+    assert (mean["teacher"] > mean["untrained"] + 0.03).all(), "clearly better than random filters"
+    assert (mean["teacher"] > mean["backbone"] - 0.03).all(), "near its backbone"
