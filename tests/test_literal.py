@@ -283,9 +283,11 @@ def test_two_distillation_steps(tmp_path, photographs, monkeypatch, padding):
     monkeypatch.setattr(
         distillation.loop, "PDN", lambda *args: (started.append(PDN(*args)), copy.deepcopy(started[0]))[1]
     )
+    (tmp_path / "weights").write_bytes(b"of the fake backbone")
     settings = DistillationSettings(
         run_folder=str(tmp_path / "run"),
         channels=CHANNELS,
+        backbone_weights=str(tmp_path / "weights"),
         images=str(photographs),
         image_size=(64, 96),
         padding=padding,
