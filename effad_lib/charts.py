@@ -93,8 +93,9 @@ def plot_panels(
 def plot_dots(table: pd.DataFrame, *, hollow: Collection[str] = ()) -> Figure:
     """A panel for each metric, in it a line for each data set and one for their mean, with a mark for each competitor.
 
-    table: rows (metric, data set), a column for each competitor; NaN is not drawn; hollow: competitors that get the
-    empty mark of the one after them, of which they are the "before". Raises ValueError if there is nothing to draw.
+    table: rows (metric, data set), a column for each competitor; NaN is not drawn, nor a mean with it; hollow:
+    competitors that get the empty mark of the one after them, of which they are the "before". Raises ValueError if
+    there is nothing to draw.
     """
     if table.empty:
         raise ValueError("no values to draw")
@@ -108,7 +109,7 @@ def plot_dots(table: pd.DataFrame, *, hollow: Collection[str] = ()) -> Figure:
         names = [*part.index, f"mean of {len(part)}"]
         place = 0
         for name, values in part.items():
-            x, colour = [*values, values.mean()], PALETTE[place % len(PALETTE)]
+            x, colour = [*values, values.mean(skipna=False)], PALETTE[place % len(PALETTE)]
             face = "none" if name in hollow else colour
             ax.plot(x, range(len(x)), "osD^vP*X"[place % 8], color=colour, markerfacecolor=face, label=name)
             place += name not in hollow

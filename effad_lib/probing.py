@@ -39,6 +39,7 @@ class NearestNeighbours(nn.Module):
         super().__init__()
         self.extractor, self.image_size = extractor, tuple(image_size)
         self.register_buffer("bank", bank)
+        self.register_buffer("norms", bank.square().sum(dim=1))
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 
@@ -72,8 +73,7 @@ class NearestNeighbours(nn.Module):
         count, channels, height, width = features.shape
         rows = features.permute(0, 2, 3, 1).reshape(-1, channels)
         # |p − q|² = |p|² + |q|² − 2 p·q: one matrix product, and only its smallest entry of each row goes on.
-        norms = self.bank.square().sum(dim=1)
-        nearest = [torch.addmm(norms, part, self.bank.T, alpha=-2).amin(dim=1) for part in rows.split(4096)]
+        nearest = [torch.addmm(self.norms, part, self.bank.T, alpha=-2).amin(dim=1) for part in rows.split(4096)]
         squared = (torch.cat(nearest) + rows.square().sum(dim=1)).clamp(min=0)
         distances = (squared / channels).sqrt().view(count, 1, height, width)
         smooth = gaussian_blur(distances, 2 * round(3 * BLUR) + 1, BLUR)

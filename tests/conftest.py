@@ -48,6 +48,11 @@ def model(small_detector, tmp_path_factory):
 
 
 @pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
 def picture():
     """A function that writes a random picture (seeded) of the given size and mode, and returns its path."""
 

@@ -66,7 +66,7 @@ def test_dots_stand_at_their_values_and_the_mean_below():
     assert [label.get_text() for label in left.get_yticklabels()] == ["cells", "screw", "mean of 2"]
     before, after = left.lines[:2]
     np.testing.assert_allclose(before.get_xdata(), [0.5, 0.7, 0.6])
-    np.testing.assert_allclose(after.get_xdata(), [0.9, np.nan, 0.9])
+    np.testing.assert_allclose(after.get_xdata(), [0.9, np.nan, np.nan])
     assert before.get_markerfacecolor() == "none" and after.get_markerfacecolor() != "none"
     assert before.get_color() == after.get_color() and before.get_marker() == after.get_marker()
     assert right.get_xlabel() == "AU-PRO" and list(right.lines[1].get_xdata()) == [0.8, 0.8]

@@ -1,4 +1,4 @@
-"""Images in: what is read exactly, what is refused by name, the augmentation and the natural-image sampler."""
+"""Images in: what is read exactly, what is refused by name, and the augmentation."""
 
 import os
 import struct
@@ -13,21 +13,14 @@ from torchvision.transforms import functional as reference
 
 from effad_lib.images import (
     ImageError,
-    NaturalImages,
     augment_colour,
     find_images,
     load_images,
-    packaged_photographs,
     read_image,
     read_mask,
     to_float,
     to_grey,
 )
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 def noise(rng, *shape):
@@ -315,98 +308,3 @@ def test_augmentation_is_seeded_and_stays_in_range(rng):
 def test_grey_is_torchvisions(rng):
     images = torch.from_numpy(rng.random((2, 3, 8, 9), dtype=np.float32))
     assert torch.allclose(to_grey(images), reference.rgb_to_grayscale(images), atol=1e-6)
-
-
-# --- natural images -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def photographs(tmp_path, rng):
-    """Five coloured pictures of different sizes and shapes."""
-    for index, (height, width) in enumerate([(30, 40), (40, 30), (64, 64), (20, 90), (100, 100)]):
-        save(tmp_path / "photos" / f"class{index}" / "a.png", noise(rng, height, width, 3))
-    return tmp_path / "photos"
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize("crop_scale", [None, (0.3, 1.0)])
-def test_natural_views_have_shape_range_and_repeat(photographs, crop_scale):
-    natural = NaturalImages(photographs)
-    views = natural.sample(12, (32, 48), generator(), crop_scale=crop_scale)
-    assert len(natural) == 5 and natural.skipped == {}
-    assert views.shape == (12, 3, 32, 48) and views.dtype == torch.float32
-    assert views.min() >= 0 and 0.5 < views.max() <= 1
-    again = NaturalImages(photographs, memory_gb=0).sample(12, (32, 48), generator(), crop_scale=crop_scale)
-    assert torch.equal(views, again), "what is kept in memory must not change the views"
-    assert not torch.equal(views, natural.sample(12, (32, 48), generator(1), crop_scale=crop_scale))
-
-
-def test_paper_view_is_the_centre_of_twice_the_size(tmp_path, rng):
-    pixels = noise(rng, 64, 96, 3)
-    save(tmp_path / "a.png", pixels)
-    view = NaturalImages(tmp_path).sample(1, (32, 48), generator(), grayscale=0.0)[0]
-    # Twice 32x48 is the photograph itself: nothing is resized, the centre is cut.
-    assert torch.equal(view, torch.from_numpy(pixels[16:48, 24:72]).permute(2, 0, 1).float() / 255)
-
-
-def test_share_of_grey_views(photographs):
-    natural = NaturalImages(photographs)
-    for probability, low, high in ((0.3, 0.2, 0.4), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)):
-        views = natural.sample(400, (8, 8), generator(), grayscale=probability)
-        grey = ((views[:, 0] == views[:, 1]) & (views[:, 1] == views[:, 2])).flatten(1).all(1)
-        assert low <= grey.float().mean() <= high
-    default = natural.sample(50, (8, 8), generator())
-    assert torch.equal(default, natural.sample(50, (8, 8), generator(), grayscale=0.3))
-
-
-def test_every_photograph_is_drawn(tmp_path):
-    for index in range(6):
-        save(tmp_path / f"{index}.png", np.full((16, 16, 3), 40 * index, np.uint8))
-    views = NaturalImages(tmp_path).sample(120, (8, 8), generator())
-    values = (views.mean((1, 2, 3)) * 255).round().int().tolist()
-    assert all(values.count(40 * index) >= 8 for index in range(6))
-
-
-def test_unreadable_photographs_are_skipped_and_reported(photographs):
-    (photographs / "class0/broken.png").write_bytes(b"no picture")
-    natural = NaturalImages(photographs)
-    with pytest.warns(UserWarning, match=r"left out: .*broken\.png"):
-        views = natural.sample(60, (16, 16), generator())
-    assert views.shape == (60, 3, 16, 16)
-    [message] = natural.skipped.values()
-    assert "broken.png" in message
-
-
-@pytest.mark.filterwarnings("ignore:natural image left out")
-def test_a_resumed_sampler_draws_what_an_uninterrupted_one_draws(photographs):
-    """A resumed run has a fresh sampler and the saved generator, whatever was skipped before."""
-    (photographs / "class0/broken.png").write_bytes(b"no picture")
-    uninterrupted, draw = NaturalImages(photographs), generator()
-    uninterrupted.sample(60, (16, 16), draw)
-    assert uninterrupted.skipped
-    resumed = generator()
-    resumed.set_state(draw.get_state())
-    expected = uninterrupted.sample(60, (16, 16), draw)
-    assert torch.equal(NaturalImages(photographs).sample(60, (16, 16), resumed), expected)
-
-
-@pytest.mark.filterwarnings("ignore:natural image left out")
-def test_no_usable_photograph_is_an_error(tmp_path):
-    with pytest.raises(ImageError, match="no image below"):
-        NaturalImages(tmp_path)
-    with pytest.raises(ImageError, match="no such folder"):
-        NaturalImages(tmp_path / "absent")
-    for name in "ab":
-        (tmp_path / f"{name}.png").write_bytes(b"")
-    with pytest.raises(ImageError, match="none of the natural images"):
-        NaturalImages(tmp_path).sample(1, (8, 8), generator())
-
-
-def test_packaged_photographs_can_all_be_read():
-    paths = packaged_photographs()
-    assert len(paths) >= 8 and NaturalImages().paths == paths
-    for path in paths:
-        assert min(read_image(path).shape[1:]) >= 256

@@ -173,13 +173,12 @@ class Distiller:
 
         On an accelerator the next batches are read while it works on this one.
         """
-        accelerated = self.device.type != "cpu"
 
         def draw() -> tuple[Tensor, Tensor]:
             large = self.views.sample(self.settings.batch_size, self.generator, self.processes.share)
             return large.pin_memory() if self.device.type == "cuda" else large, self.generator.get_state()
 
-        return prefetched(draw, self.settings.steps - self.step, ahead=3 if accelerated else 0)
+        return prefetched(draw, self.settings.steps - self.step, ahead=0 if self.device.type == "cpu" else 3)
 
     def train_step(self, large: Tensor) -> Tensor:
         """Take one step on views [N, 3, 2H, 2W] and return the loss, detached."""
