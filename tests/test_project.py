@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -138,6 +139,13 @@ def test_nothing_imports_upward(path):
         other = other.partition(".")[0]
         if package == "effad_lib" and other not in ("", "__version__", own):
             assert ROOMS.index(other) < ROOMS.index(own), f"{own} imports {other}, which is above it"
+
+
+def test_a_detector_starts_without_torchvision():
+    """It takes half of the start, and only ResNets and the probe need it."""
+    script = "import sys, effad_lib.detection, effad_lib.evaluation; print('torchvision' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "False"
 
 
 def test_notebooks_import_the_library_and_not_each_other():

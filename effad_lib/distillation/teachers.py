@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from safetensors.torch import save
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def save_teacher(
         **{name: value for name, value in metrics.items() if name not in ("losses", "explained_variance")},
         "command": f"effad distill {named.as_options(leave_out=('run_folder', 'device', 'checkpoint_seconds'))}",
         "settings": {name: value for name, value in named.as_dict().items() if name not in ("run_folder", "device")},
-        "versions": {"effad": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
+        "versions": {"effad": __version__, "torch": torch.__version__, "torchvision": metadata.version("torchvision")},
         "losses": curve(metrics["losses"]),
         "explained_variance": metrics["explained_variance"],
     }
