@@ -89,7 +89,7 @@ def test_severity_is_monotone(product, defect):
 def test_misplaced_mask_covers_the_old_and_the_new_place():
     canvas = synthesis.scene.Canvas(128, 128)
     item = PRODUCTS["board"](canvas, np.random.default_rng(0))
-    scene = DEFECTS["misplaced"](item, np.random.default_rng(1), 1.0)
+    scene = DEFECTS["misplaced"].apply(item, np.random.default_rng(1), 1.0)
     hidden = [part for part in item.parts if item.footprint(part)[~scene.claimed].sum() == 0]
     assert len(hidden) == 1
     old = item.footprint(hidden[0])
@@ -227,7 +227,7 @@ def test_a_new_product_and_a_new_defect_are_one_function_each(monkeypatch):
         return replace(item.scene, albedo=item.scene.albedo * (1 + 0.5 * severity))
 
     monkeypatch.setitem(PRODUCTS, "plate", plate)
-    monkeypatch.setitem(DEFECTS, "bleached", bleached)
+    monkeypatch.setitem(DEFECTS, "bleached", synthesis.defects.Defect(bleached, False, synthesis.defects.anything))
     assert defect_names("plate") == ["scratch", "contamination", "bleached"]
     assert render("plate", "bleached", size=(64, 64)).mask.all()
 

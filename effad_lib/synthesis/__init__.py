@@ -1,11 +1,11 @@
 """Procedural industrial products with exact defect masks, written in the MVTec AD layout.
 
 Each image is a scene (colour, relief, gloss) seen by a camera (light, lens, noise). A defect changes the scene, not the
-picture, so the camera treats it like the rest. To add a product, write one function in `products.py`; to add a defect,
-one in `defects.py`; each is registered by its decorator.
+picture, so the camera treats it like the rest. A product is one function, registered by
+`@product(name)`, a defect another, registered by `@defect(name)`.
 """
 
-from effad_lib.synthesis import board as _board  # noqa: F401  (registers the product)
+from effad_lib.synthesis import board, gasket, logical, surface, textures  # noqa: F401  (they fill the registers)
 from effad_lib.synthesis.defects import DEFECTS, defect
 from effad_lib.synthesis.products import PRODUCTS, product
 from effad_lib.synthesis.rendering import TOLERANCE, SyntheticImage, defect_names, product_names, render

@@ -84,23 +84,20 @@ def board(canvas: Canvas, rng: Generator) -> Item:
     cover = canvas.cover(np.maximum(edge, hole))
     tin = np.maximum(tin, canvas.cover(np.abs(hole + 0.018) - 0.018))
 
-    mat = (
-        colour(0.23, 0.24, 0.26)
-        + (0.010 * cloud(rng, canvas, 0.6, 3) + 0.012 * grain(rng, canvas, 0.7, 0.7))[..., None]
-    )
-    mat = mat * (1 - 0.5 * shadow(cover, canvas, 0.03, 0.025)[..., None])
+    mat = colour(0.23, 0.24, 0.26) + (0.010 * cloud(rng, canvas, 0.6, 3) + 0.012 * grain(rng, canvas, 0.7, 0.7))
+    mat = mat * (1 - 0.5 * shadow(cover, canvas, 0.03, 0.025))
     mottle = 1 + 0.02 * cloud(rng, canvas, 0.6, 3) + 0.02 * grain(rng, canvas, 0.7, 0.7)
-    lacquer = colour(0.09, 0.33, 0.21) * rng.normal(1, (0.05, 0.025, 0.04)).astype(np.float32) * mottle[..., None]
+    lacquer = colour(0.09, 0.33, 0.21) * colour(*rng.normal(1, (0.05, 0.025, 0.04))) * mottle
     wet = 1 + 0.07 * cloud(rng, canvas, 0.05)
     bare = mix(lacquer, lacquer * 1.25 + 0.03, traces)
-    bare = mix(bare, SOLDER * wet[..., None], tin)
+    bare = mix(bare, SOLDER * wet, tin)
     bare = mix(bare, colour(0.86, 0.87, 0.84) * np.float32(rng.normal(1, 0.02)), 0.9 * print_)
     relief = 0.3 * traces + (0.5 + 0.3 * wet) * tin
 
     def paint(parts: tuple[Part, ...]) -> Scene:
         layer = _assemble(canvas, pose, parts, looks)
         dark = shadow(layer.cover, canvas, reach=0.024, softness=0.022)
-        albedo = mix(mat, bare, cover) * (1 - 0.5 * dark[..., None])
+        albedo = mix(mat, bare, cover) * (1 - 0.5 * dark)
         free = 1 - layer.cover
         height = 1.2 * smoothstep(-edge / 0.03) * cover + relief * cover * free + layer.height
         gloss = cover * free * (0.05 + 0.16 * tin) + layer.gloss
@@ -113,7 +110,7 @@ def board(canvas: Canvas, rng: Generator) -> Item:
 def _assemble(canvas: Canvas, pose: Pose, parts: tuple[Part, ...], looks: dict[str, Look]) -> Painted:
     """All components on an empty canvas, each painted only inside its own window."""
     flat = (np.zeros(canvas.shape, np.float32) for _ in range(3))
-    layer = Painted(np.zeros((*canvas.shape, 3), np.float32), *flat)
+    layer = Painted(np.zeros((3, *canvas.shape), np.float32), *flat)
     for part in parts:
         x, y = pose.outer(part.x, part.y)
         reach = (part.radius + 0.05) * pose.scale
@@ -131,7 +128,7 @@ def _assemble(canvas: Canvas, pose: Pose, parts: tuple[Part, ...], looks: dict[s
         layer.cover[rows, columns] = np.maximum(layer.cover[rows, columns], cover)
         for flat, new in zip((layer.height, layer.gloss), (painted.height, painted.gloss), strict=True):
             flat[rows, columns] += (new - flat[rows, columns]) * cover
-        layer.albedo[rows, columns] = mix(layer.albedo[rows, columns], painted.albedo, cover)
+        layer.albedo[:, rows, columns] = mix(layer.albedo[:, rows, columns], painted.albedo, cover)
     return layer
 
 

@@ -20,7 +20,7 @@ EPOXY = colour(0.150, 0.150, 0.158)
 
 
 class Painted(NamedTuple):
-    """What a painter returns: albedo [h, w, 3] and cover, height, gloss, each [h, w]."""
+    """What a painter returns: albedo [3, h, w] and cover, height, gloss, each [h, w]."""
 
     albedo: Array
     cover: Array
@@ -119,8 +119,8 @@ def _package(canvas: Canvas, part: Part, look: Look, u: Array, v: Array, quad: b
     distance = box(u, v, body_w, body_h, 0.015)
     body, dimple = canvas.cover(distance), canvas.cover(np.hypot(u + body_w * 0.36, v + body_h * 0.36) - 0.028)
     ink = lettered(canvas, text, u - 0.02, v - 0.01, size)
-    epoxy = (EPOXY * look.tone + (0.34 * look.ink * ink)[..., None]) * (1 - 0.35 * dimple[..., None])
-    metal = SOLDER * look.solder * (0.72 + 0.36 * smoothstep((bend - 0.72) / 0.2))[..., None]
+    epoxy = (EPOXY * look.tone + (0.34 * look.ink * ink)) * (1 - 0.35 * dimple)
+    metal = SOLDER * look.solder * (0.72 + 0.36 * smoothstep((bend - 0.72) / 0.2))
     height = body * (0.8 + 1.5 * smoothstep(-distance / 0.03)) + 0.5 * legs - 0.5 * dimple
     gloss = 0.05 * body + 0.22 * legs * (1 - body)
     return Painted(mix(metal, epoxy, body), np.maximum(legs, body), height, gloss)
@@ -142,7 +142,7 @@ def _two_ended(canvas: Canvas, part: Part, look: Look, u: Array, v: Array, body:
     """Small box of colour `body` with a solderable metal cap on each end."""
     distance = box(u, v, part.width, part.height, 0.008)
     cap = canvas.cover(part.width * (0.5 - ends) - np.abs(u))
-    albedo = mix(np.broadcast_to(body, (*distance.shape, 3)), SOLDER * look.solder, cap)
+    albedo = mix(body, SOLDER * look.solder, cap)
     height = (1.0 + 0.25 * cap) * smoothstep(-distance / 0.03) + 0.3
     return Painted(albedo, canvas.cover(distance), height, 0.04 + 0.18 * cap)
 
@@ -151,7 +151,7 @@ def _two_ended(canvas: Canvas, part: Part, look: Look, u: Array, v: Array, body:
 def resistor(canvas: Canvas, part: Part, look: Look, u: Array, v: Array) -> Painted:
     """Thick-film chip resistor with its value printed in white."""
     ink = lettered(canvas, "103", u, v, part.width * 0.46)
-    return _two_ended(canvas, part, look, u, v, EPOXY * look.tone + (0.6 * look.ink * ink)[..., None], 0.20)
+    return _two_ended(canvas, part, look, u, v, EPOXY * look.tone + (0.6 * look.ink * ink), 0.20)
 
 
 @component("capacitor")
@@ -164,7 +164,7 @@ def capacitor(canvas: Canvas, part: Part, look: Look, u: Array, v: Array) -> Pai
 def diode(canvas: Canvas, part: Part, look: Look, u: Array, v: Array) -> Painted:
     """Moulded diode with a white cathode band."""
     band = canvas.cover(np.abs(u + part.width * 0.20) - part.width * 0.055)
-    body = mix(EPOXY * look.tone * np.ones((*band.shape, 1), np.float32), colour(0.78, 0.78, 0.76), band)
+    body = mix(EPOXY * look.tone, colour(0.78, 0.78, 0.76), band)
     return _two_ended(canvas, part, look, u, v, body, 0.11)
 
 
@@ -176,8 +176,8 @@ def transistor(canvas: Canvas, part: Part, look: Look, u: Array, v: Array) -> Pa
     upper = box(np.abs(u) - w * 0.30, v + h * 0.3, w * 0.17, h * 0.4)
     legs = canvas.cover(np.minimum(upper, box(u, v - h * 0.3, w * 0.17, h * 0.4)))
     solid, ink = canvas.cover(body), lettered(canvas, "1A", u, v, w * 0.4)
-    metal = SOLDER * look.solder * np.ones((*legs.shape, 1), np.float32)
-    albedo = mix(metal, EPOXY * look.tone + (0.5 * look.ink * ink)[..., None], solid)
+    metal = SOLDER * look.solder
+    albedo = mix(metal, EPOXY * look.tone + (0.5 * look.ink * ink), solid)
     height = solid * (0.6 + smoothstep(-body / 0.03)) + 0.4 * legs
     return Painted(albedo, np.maximum(legs, solid), height, 0.05 * solid + 0.2 * legs * (1 - solid))
 
@@ -188,10 +188,10 @@ def can(canvas: Canvas, part: Part, look: Look, u: Array, v: Array) -> Painted:
     base, rim = box(u, v, part.width, part.height, 0.03), np.hypot(u, v) - part.width * 0.455
     solid, minus = canvas.cover(rim), canvas.cover(np.maximum(u + part.width * 0.22, rim + 0.012))
     turned = 0.05 * np.cos(2 * (np.arctan2(v, u) - look.turn))
-    top = mix(colour(0.70, 0.70, 0.71) * look.tone + turned[..., None], EPOXY, 0.92 * minus)
+    top = mix(colour(0.70, 0.70, 0.71) * look.tone + turned, EPOXY, 0.92 * minus)
     ink = lettered(canvas, "47\n16V", u - part.width * 0.10, v, part.width * 0.36)
     top = mix(top, colour(0.2, 0.2, 0.22), 0.8 * look.ink * ink)
-    albedo = mix(EPOXY * np.ones((*rim.shape, 1), np.float32), top, solid)
+    albedo = mix(EPOXY, top, solid)
     height = 0.8 * smoothstep(-base / 0.02) + 2.2 * solid * smoothstep(-rim / 0.035)
     return Painted(albedo, canvas.cover(base), height, 0.03 + 0.10 * solid * (1 - minus))
 
@@ -203,7 +203,7 @@ def header(canvas: Canvas, part: Part, look: Look, u: Array, v: Array) -> Painte
     a = (u / pitch % 1 - 0.5) * pitch
     notch = box(np.abs(a) - pitch / 2, np.abs(v) - part.height / 2, 0.03, 0.05)
     strip, pin = np.maximum(box(u, v, part.width, part.height, 0.01), -notch), box(a, v, 0.042, 0.042, 0.006)
-    gilt, plastic = canvas.cover(pin), EPOXY * look.tone * np.ones((*pin.shape, 1), np.float32)
+    gilt, plastic = canvas.cover(pin), EPOXY * look.tone
     height = 1.4 * smoothstep(-strip / 0.025) + 1.6 * smoothstep(-pin / 0.02)
     albedo = mix(plastic, colour(0.83, 0.70, 0.40) * look.solder, gilt)
     return Painted(albedo, canvas.cover(strip), height, 0.05 + 0.22 * gilt)
@@ -214,7 +214,7 @@ def crystal(canvas: Canvas, part: Part, look: Look, u: Array, v: Array) -> Paint
     """Quartz crystal in a drawn steel can with a flange."""
     flange = box(u, v, part.width, part.height, part.corner)
     ink = lettered(canvas, "16.0", u, v, part.width * 0.5)
-    steel = colour(0.71, 0.71, 0.69) * look.tone * (1 + 0.06 * np.sin(u * 9 + look.turn))[..., None]
+    steel = colour(0.71, 0.71, 0.69) * look.tone * (1 + 0.06 * np.sin(u * 9 + look.turn))
     height = 0.6 * smoothstep(-flange / 0.015) + 1.8 * smoothstep(-(flange + 0.016) / 0.03)
     albedo = mix(steel, colour(0.33, 0.33, 0.33), 0.8 * look.ink * ink)
     return Painted(albedo, canvas.cover(flange), height, np.full(u.shape, 0.14, np.float32))
@@ -226,7 +226,7 @@ def coil(canvas: Canvas, part: Part, look: Look, u: Array, v: Array) -> Painted:
     block, radius = box(u, v, part.width, part.height, part.corner), np.hypot(u, v)
     winding = canvas.cover(np.abs(radius - part.width * 0.29) - part.width * 0.125)
     turns = 0.5 + 0.5 * np.cos(2 * np.pi * radius / max(0.030, 3.2 * canvas.pixel) + look.turn)
-    wire = colour(0.62, 0.36, 0.20) * look.tone * (0.72 + 0.34 * turns)[..., None]
-    albedo = mix(colour(0.27, 0.27, 0.28) * look.tone * np.ones((*u.shape, 1), np.float32), wire, winding)
+    wire = colour(0.62, 0.36, 0.20) * look.tone * (0.72 + 0.34 * turns)
+    albedo = mix(colour(0.27, 0.27, 0.28) * look.tone, wire, winding)
     height = 1.4 * smoothstep(-block / 0.03) + winding * (0.4 * turns - 0.9)
     return Painted(albedo, canvas.cover(block), height, 0.05 + 0.08 * winding)

@@ -8,9 +8,9 @@ from numbers import Integral, Real
 
 import numpy as np
 
-from effad_lib.synthesis.defects import DEFECTS, LOGICAL
+from effad_lib.synthesis.defects import DEFECTS
 from effad_lib.synthesis.products import PRODUCTS
-from effad_lib.synthesis.scene import Camera, Canvas, SynthesisError
+from effad_lib.synthesis.scene import REACH, Camera, Canvas, Item, Scene, SynthesisError, Window
 
 # A pixel belongs to the mask where a defect changes any colour channel by more than this, before noise.
 TOLERANCE = 2 / 255
@@ -35,18 +35,24 @@ class SyntheticImage:
 
 def product_names() -> list[str]:
     """The names of all products."""
-    return list(PRODUCTS)
+    return sorted(PRODUCTS)
 
 
 def defect_names(product: str) -> list[str]:
-    """The names of the defects that a product can have; SynthesisError for an unknown product."""
+    """The names of the defects that a product can have, logical ones last; SynthesisError for an unknown product."""
     check_product(product)
-    return [name for name in DEFECTS if name not in LOGICAL or _has_parts(PRODUCTS[product])]
+    able = [name for name in DEFECTS if _can_have(PRODUCTS[product], name)]
+    return sorted(able, key=lambda name: DEFECTS[name].logical)
 
 
 @cache
-def _has_parts(draw: Callable) -> bool:
-    return bool(draw(Canvas(SMALLEST, SMALLEST), np.random.default_rng(0)).parts)
+def _can_have(draw: Callable, defect: str) -> bool:
+    return DEFECTS[defect].needs(_specimen(draw))
+
+
+@cache
+def _specimen(draw: Callable) -> Item:
+    return draw(Canvas(SMALLEST, SMALLEST), np.random.default_rng(0))
 
 
 def render(
@@ -80,13 +86,32 @@ def render(
     if defect == "good":
         return SyntheticImage(twin, np.zeros(canvas.shape, bool), twin, product, defect, int(seed))
 
-    scene = DEFECTS[defect](item, streams[2], float(severity))
-    bad = camera.expose(scene)
-    mask = np.abs(bad - good).max(axis=2) > TOLERANCE
+    scene = DEFECTS[defect].apply(item, streams[2], float(severity))
+    inner, outer = _windows(item.scene, scene)
+    cut = tuple(slice(i.start - o.start, i.stop - o.start) for i, o in zip(inner, outer, strict=True))
+    bad = camera.expose(scene, outer)[:, *cut]
+    mask = np.zeros(canvas.shape, bool)
+    mask[inner] = np.abs(bad - good[:, *inner]).max(axis=0) > TOLERANCE
     if scene.claimed is not None and mask.any():
         mask |= scene.claimed
-    image = np.where(mask[..., None], camera.develop(bad), twin)
+    image = twin.copy()
+    np.copyto(image[inner], camera.develop(bad, inner), where=mask[inner][..., None])
     return SyntheticImage(image, mask, twin, product, defect, int(seed))
+
+
+def _windows(good: Scene, bad: Scene) -> tuple[Window, Window]:
+    """The window in which two scenes look different, and the larger one that has to be exposed to see it."""
+    changed = np.zeros(good.height.shape, bool)
+    for before, after in ((good.albedo, bad.albedo), (good.height, bad.height), (good.gloss, bad.gloss)):
+        if before is not after:
+            changed |= (before != after).reshape(-1, *changed.shape).any(axis=0)
+    inner, outer = [], []
+    for length, line in zip(changed.shape, (changed.any(axis=1), changed.any(axis=0)), strict=True):
+        places = np.flatnonzero(line)
+        first, last = (places[0], places[-1] + 1) if len(places) else (0, 1)
+        for windows, margin in ((inner, REACH), (outer, 2 * REACH)):
+            windows.append(slice(max(0, first - margin), min(length, last + margin)))
+    return tuple(inner), tuple(outer)
 
 
 def check_name(what: str, name: str, known: Iterable[str], of: str = "") -> None:

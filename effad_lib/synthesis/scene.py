@@ -96,7 +96,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Scene:
-    """What the camera sees: albedo [H, W, 3], height [H, W], gloss and surface (each [H, W] in [0, 1]).
+    """What the camera sees: albedo [3, H, W], height [H, W], gloss and surface (each [H, W] in [0, 1]).
 
     `surface` is where dirt and scratches can lie; `under` (broadcasts to albedo) is the colour a scratch lays bare;
     `claimed` (bool [H, W]) adds to a defect's mask what belongs to it without changing in colour.
@@ -115,6 +115,7 @@ class Item:
     """One piece of a product: its parts, and `paint(parts) -> Scene`, all of its chance already drawn.
 
     `room(x, y)` is the distance from a place (the item's own coordinates) to the border that parts must not cross.
+    `arrange(count)` gives as many parts as asked for, evenly spaced, for a product whose parts are of one kind.
     """
 
     canvas: Canvas
@@ -122,6 +123,7 @@ class Item:
     parts: tuple[Part, ...] = ()
     pose: Pose = field(default_factory=Pose)
     room: Callable[[Array, Array], Array] | None = None
+    arrange: Callable[[int], tuple[Part, ...]] | None = None
 
     @cached_property
     def scene(self) -> Scene:
@@ -148,13 +150,13 @@ def smoothstep(t: Array) -> Array:
 
 
 def mix(a: Array, b: Array, share: Array) -> Array:
-    """Blend [H, W, 3] colours `a` -> `b` by `share` [H, W]."""
-    return a + (b - a) * share[..., None]
+    """Blend colours `a` -> `b`, [3, H, W] or [3, 1, 1], by `share` [H, W]."""
+    return a + (b - a) * share
 
 
 def colour(*rgb: float) -> Array:
-    """Return a colour, red, green and blue in [0, 1], that broadcasts to an albedo [H, W, 3]."""
-    return np.array(rgb, np.float32)
+    """Return a colour, red, green and blue in [0, 1], that broadcasts to an albedo: [3, 1, 1]."""
+    return np.array(rgb, np.float32)[:, None, None]
 
 
 def cloud(rng: np.random.Generator, canvas: Canvas, cell: float, octaves: int = 1) -> Array:
@@ -200,13 +202,23 @@ def shadow(cover: Array, canvas: Canvas, reach: float, softness: float) -> Array
 
 
 def _soften(picture: Array, share: np.float32) -> Array:
-    """Every row gives `share` of its light to each of its two neighbours."""
-    spread = picture * (1 - 2 * share)
-    spread[1:] += share * picture[:-1]
-    spread[:-1] += share * picture[1:]
-    spread[0] += share * picture[0]
-    spread[-1] += share * picture[-1]
+    """Every row of [3, H, W] gives `share` of its light to each of its two neighbours."""
+    given = picture * share
+    spread = picture - 2 * given
+    spread[:, 1:] += given[:, :-1]
+    spread[:, :-1] += given[:, 1:]
+    spread[:, 0] += given[:, 0]
+    spread[:, -1] += given[:, -1]
     return spread
+
+
+Window = tuple[slice, slice]
+"""Rows and columns of the canvas."""
+
+WHOLE: Window = (slice(None), slice(None))
+
+REACH = 2
+"""Pixels that a change spreads in the camera: one by the slope of the relief, one by the lens."""
 
 
 class Camera:
@@ -218,26 +230,31 @@ class Camera:
     def __init__(self, canvas: Canvas, rng: np.random.Generator) -> None:
         self.canvas = canvas
         turn, tilt = rng.normal(-2.36, 0.08), rng.normal(0, np.pi)
-        self.light = np.cos(turn), np.sin(turn)
+        self.light = float(np.cos(turn)), float(np.sin(turn))
         slope = rng.uniform(0.02, 0.09)
-        field = 1 + slope * (canvas.x * np.cos(tilt) + canvas.y * np.sin(tilt))
+        field = 1 + slope * (canvas.x * float(np.cos(tilt)) + canvas.y * float(np.sin(tilt)))
         field = field - rng.uniform(0.03, 0.07) * (canvas.x**2 + canvas.y**2)
-        self.field = (field * rng.normal(1, 0.018)).astype(np.float32)
-        self.tint = rng.normal(1, 0.006, 3).astype(np.float32)
+        self.field = field * rng.normal(1, 0.018)
+        self.tint = colour(*rng.normal(1, 0.006, 3))
         self.softness = np.float32(rng.uniform(0.12, 0.17))
         deviation = rng.uniform(1.2, 2.2) / 255
-        self.noise = rng.standard_normal((*canvas.shape, 3), dtype=np.float32) * np.float32(deviation)
+        self.noise = rng.standard_normal((3, *canvas.shape), dtype=np.float32) * np.float32(deviation)
 
-    def expose(self, scene: Scene) -> Array:
-        """The scene lit and seen through the lens, without noise: float32 [H, W, 3] in [0, 1]."""
-        slope_y, slope_x = np.gradient(scene.height)
+    def expose(self, scene: Scene, window: Window = WHOLE) -> Array:
+        """The scene lit and seen through the lens, without noise: float32 [3, h, w] in [0, 1] of that window.
+
+        What a window shows depends on `REACH` pixels around it: its own rim is right only at the canvas's border.
+        """
+        height, field = scene.height[window], self.field[window]
+        slope_y, slope_x = np.gradient(height)
         away = self.light[0] * slope_x + self.light[1] * slope_y
         sheen = np.exp(-((slope_x + 0.5 * self.light[0]) ** 2 + (slope_y + 0.5 * self.light[1]) ** 2) * 6)
-        light = self.field * np.sqrt(np.clip(1 - away, 0.25, 2.2))
-        picture = scene.albedo * (light[..., None] * self.tint) + (scene.gloss * sheen * self.field)[..., None]
-        picture = _soften(_soften(picture, self.softness).swapaxes(0, 1), self.softness).swapaxes(0, 1)
-        return np.clip(picture, 0, 1).astype(np.float32)
+        light = field * np.sqrt(np.clip(1 - away, 0.25, 2.2))
+        picture = scene.albedo[:, *window] * self.tint * light + scene.gloss[window] * sheen * field
+        picture = _soften(_soften(picture, self.softness).swapaxes(1, 2), self.softness).swapaxes(1, 2)
+        return np.clip(picture, 0, 1)
 
-    def develop(self, picture: Array) -> Array:
-        """Add this exposure's noise and quantise: uint8 [H, W, 3]."""
-        return np.rint(np.clip(picture + self.noise, 0, 1) * 255).astype(np.uint8)
+    def develop(self, picture: Array, window: Window = WHOLE) -> Array:
+        """Add this exposure's noise and quantise: uint8 [h, w, 3] of that window."""
+        levels = np.rint(np.clip(picture + self.noise[:, *window], 0, 1) * 255).astype(np.uint8)
+        return np.ascontiguousarray(levels.transpose(1, 2, 0))
