@@ -211,7 +211,7 @@ def test_a_broken_off_writing_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("out of paint")
 
-    monkeypatch.setitem(DEFECTS, "scratch", fail)
+    monkeypatch.setitem(DEFECTS, "scratch", replace(DEFECTS["scratch"], apply=fail))
     with pytest.raises(RuntimeError, match="out of paint"):
         write_dataset("metal", tmp_path / "set", size=(64, 64), train=1, test_good=0, test_per_defect=1)
     assert list(tmp_path.iterdir()) == []
