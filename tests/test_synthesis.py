@@ -220,7 +220,9 @@ def test_a_broken_off_writing_leaves_nothing(tmp_path, monkeypatch):
 def test_a_new_product_and_a_new_defect_are_one_function_each(monkeypatch):
     def plate(canvas, rng):
         grey = np.full(canvas.shape, 0.5, np.float32)
-        scene = synthesis.scene.Scene(np.repeat(grey[..., None], 3, 2), 0 * grey, 0 * grey, 0 * grey + 1, np.ones(3))
+        scene = synthesis.scene.Scene(
+            np.stack([grey] * 3), 0 * grey, 0 * grey, 0 * grey + 1, synthesis.scene.colour(1, 1, 1)
+        )
         return synthesis.scene.Item(canvas, lambda parts: scene)
 
     def bleached(item, rng, severity):
