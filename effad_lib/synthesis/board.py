@@ -5,7 +5,6 @@ from functools import lru_cache
 import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 
 from effad_lib.synthesis.components import PAINTERS, SOLDER, Look, Painted, pads
 from effad_lib.synthesis.products import jitter, lay, product
@@ -21,6 +20,7 @@ from effad_lib.synthesis.scene import (
     colour,
     grain,
     mix,
+    norm,
     shadow,
     smoothstep,
 )
@@ -80,7 +80,7 @@ def board(canvas: Canvas, rng: Generator) -> Item:
         _sample(layer, canvas, pose, shift) for layer, shift in ((traces, (0, 0)), (tin, (0, 0)), (print_, slip))
     )
     edge = box(u, v, 2 * HALF, 2 * HALF, 0.05)
-    hole = 0.052 - np.hypot(np.abs(u) - DRILLED, np.abs(v) - DRILLED)
+    hole = 0.052 - norm(np.abs(u) - DRILLED, np.abs(v) - DRILLED)
     cover = canvas.cover(np.maximum(edge, hole))
     tin = np.maximum(tin, canvas.cover(np.abs(hole + 0.018) - 0.018))
 
@@ -132,21 +132,22 @@ def _assemble(canvas: Canvas, pose: Pose, parts: tuple[Part, ...], looks: dict[s
     return layer
 
 
-def _sample(layer: Array, canvas: Canvas, pose: Pose, shift: tuple[float, float]) -> Array:
-    """An artwork layer as it lies under the camera, float32 [H, W]."""
-    scale = (layer.shape[0] - 2) / (2 * HALF)
-    c, s = np.cos(pose.angle) / pose.scale, np.sin(pose.angle) / pose.scale
-    matrix = np.array([[c, -s], [s, c]])  # (row, column) of the canvas -> (v, u) of the board
-    start = matrix @ (canvas.y[0, 0] - pose.y, canvas.x[0, 0] - pose.x) + (shift[1], shift[0])
-    offset = start * scale + (layer.shape[0] - 1) / 2
-    return ndimage.affine_transform(
-        layer, matrix * canvas.pixel * scale, offset, canvas.shape, order=1, mode="constant"
-    )
+def _sample(layer: Image.Image, canvas: Canvas, pose: Pose, shift: tuple[float, float]) -> Array:
+    """An artwork layer as it lies under the camera, float32 [H, W] in [0, 1]."""
+    side = layer.width
+    scale = (side - 2) / (2 * HALF)
+    c, s = (scale / pose.scale * f(pose.angle) for f in (np.cos, np.sin))
+    x, y = -canvas.width / 2 * canvas.pixel - pose.x, -canvas.height / 2 * canvas.pixel - pose.y
+    across = (c * canvas.pixel, s * canvas.pixel, c * x + s * y + scale * shift[0] + side / 2)
+    down = (-s * canvas.pixel, c * canvas.pixel, c * y - s * x + scale * shift[1] + side / 2)
+    size = canvas.width, canvas.height
+    seen = layer.transform(size, Image.Transform.AFFINE, (*across, *down), Image.Resampling.BILINEAR)
+    return np.asarray(seen, np.float32) / 255
 
 
 @lru_cache(maxsize=4)
-def _artwork(scale: float) -> tuple[Array, Array, Array]:
-    """Traces, tinned copper and white print of the bare board: [n, n] each in [0, 1], `scale` pixels per unit."""
+def _artwork(scale: float) -> tuple[Image.Image, Image.Image, Image.Image]:
+    """Traces, tinned copper and white print of the bare board, as square grey images of `scale` pixels per unit."""
     n = int(np.ceil(2 * HALF * scale)) + 2
     fine = 4 * (n - 2) / (2 * HALF)
     layers = [Image.new("L", (4 * n, 4 * n)) for _ in range(3)]
@@ -188,4 +189,4 @@ def _artwork(scale: float) -> tuple[Array, Array, Array]:
         print_.text(at(part.x, part.y + tall / 2 + margin / 2 + 0.008), part.name, fill=235, font=font, anchor="mt")
     font = ImageFont.load_default(size=round(0.085 * fine))
     print_.text(at(0.83, 0.62), "EFFAD-1", fill=235, font=font, anchor="rm")
-    return tuple(np.asarray(layer.reduce(4), np.float32) / 255 for layer in layers)
+    return tuple(layer.reduce(4) for layer in layers)

@@ -13,7 +13,7 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from effad_lib.synthesis.scene import Array, Canvas, Part, box, colour, mix, smoothstep
+from effad_lib.synthesis.scene import Array, Canvas, Part, box, colour, mix, norm, smoothstep
 
 SOLDER = colour(0.74, 0.74, 0.72)
 EPOXY = colour(0.150, 0.150, 0.158)
@@ -117,7 +117,7 @@ def _package(canvas: Canvas, part: Part, look: Look, u: Array, v: Array, quad: b
         legs = np.maximum(legs, _legs(canvas, v, u, 8, 0.72 * w, h / 2))
         bend = np.maximum(bend, np.abs(v) / (h / 2))
     distance = box(u, v, body_w, body_h, 0.015)
-    body, dimple = canvas.cover(distance), canvas.cover(np.hypot(u + body_w * 0.36, v + body_h * 0.36) - 0.028)
+    body, dimple = canvas.cover(distance), canvas.cover(norm(u + body_w * 0.36, v + body_h * 0.36) - 0.028)
     ink = lettered(canvas, text, u - 0.02, v - 0.01, size)
     epoxy = (EPOXY * look.tone + (0.34 * look.ink * ink)) * (1 - 0.35 * dimple)
     metal = SOLDER * look.solder * (0.72 + 0.36 * smoothstep((bend - 0.72) / 0.2))
@@ -185,7 +185,7 @@ def transistor(canvas: Canvas, part: Part, look: Look, u: Array, v: Array) -> Pa
 @component("can")
 def can(canvas: Canvas, part: Part, look: Look, u: Array, v: Array) -> Painted:
     """Aluminium electrolytic capacitor: black base, round can, black sector at the minus side."""
-    base, rim = box(u, v, part.width, part.height, 0.03), np.hypot(u, v) - part.width * 0.455
+    base, rim = box(u, v, part.width, part.height, 0.03), norm(u, v) - part.width * 0.455
     solid, minus = canvas.cover(rim), canvas.cover(np.maximum(u + part.width * 0.22, rim + 0.012))
     turned = 0.05 * np.cos(2 * (np.arctan2(v, u) - look.turn))
     top = mix(colour(0.70, 0.70, 0.71) * look.tone + turned, EPOXY, 0.92 * minus)
@@ -223,7 +223,7 @@ def crystal(canvas: Canvas, part: Part, look: Look, u: Array, v: Array) -> Paint
 @component("coil")
 def coil(canvas: Canvas, part: Part, look: Look, u: Array, v: Array) -> Painted:
     """Power inductor: ferrite block with a round copper winding."""
-    block, radius = box(u, v, part.width, part.height, part.corner), np.hypot(u, v)
+    block, radius = box(u, v, part.width, part.height, part.corner), norm(u, v)
     winding = canvas.cover(np.abs(radius - part.width * 0.29) - part.width * 0.125)
     turns = 0.5 + 0.5 * np.cos(2 * np.pi * radius / max(0.030, 3.2 * canvas.pixel) + look.turn)
     wire = colour(0.62, 0.36, 0.20) * look.tone * (0.72 + 0.34 * turns)

@@ -15,6 +15,7 @@ from effad_lib.synthesis.scene import (
     colour,
     grain,
     mix,
+    norm,
     shadow,
     smoothstep,
 )
@@ -25,7 +26,7 @@ def gasket(canvas: Canvas, rng: Generator) -> Item:
     """Moulded rubber flange gasket: six bolt holes in ears, a sealing bead, a locating notch, on a light table."""
     pose = lay(rng, canvas, turn=0.12, shift=0.03)
     u, v = pose.local(canvas.x, canvas.y)
-    radius, bolts = np.hypot(u, v), 0.66 + rng.normal(0, 0.003)
+    radius, bolts = norm(u, v), 0.66 + rng.normal(0, 0.003)
     parts = tuple(
         Part("hole", *_polar(bolts + rng.normal(0, 0.003), k * np.pi / 3 + rng.normal(0, 0.006)),
              width := 0.15 * rng.normal(1, 0.02), width, corner=width / 2, name=f"hole {k + 1}")
@@ -36,22 +37,22 @@ def gasket(canvas: Canvas, rng: Generator) -> Item:
     body = body + 0.0025 * cloud(rng, canvas, 0.25)
     flash = 0.02 * cloud(rng, canvas, 0.03, 2) * smoothstep(1 - np.abs(body) / 0.02)
 
-    table = colour(0.80, 0.81, 0.80) * rng.normal(1, 0.012) + 0.012 * cloud(rng, canvas, 0.7, 3)
-    table = table + 0.008 * grain(rng, canvas, 0.9, 0.9)
-    rubber = colour(0.235, 0.237, 0.245) * rng.normal(1, 0.05)
-    talc = 0.012 * cloud(rng, canvas, 0.45, 4) + 0.010 * grain(rng, canvas, 0.7, 0.7)
+    # Where the table shows, the rubber does not: one field serves both.
+    mottle = 0.012 * cloud(rng, canvas, 0.6, 3) + 0.009 * grain(rng, canvas, 0.8, 0.8)
+    table = colour(0.80, 0.81, 0.80) * rng.normal(1, 0.012) + mottle
+    rubber = colour(0.235, 0.237, 0.245) * rng.normal(1, 0.05) + mottle  # talc
     skin = 0.10 * grain(rng, canvas, 0.8, 0.8) + 0.12 * cloud(rng, canvas, 0.05)
 
     def paint(parts: tuple[Part, ...]) -> Scene:
         edge = body
         for part in parts:
             if part.kept > 0:
-                edge = np.maximum(edge, part.width / 2 * part.kept - np.hypot(u - part.x, v - part.y))
+                edge = np.maximum(edge, part.width / 2 * part.kept - norm(u - part.x, v - part.y))
         cover = canvas.cover(edge)
-        dark = shadow(canvas.cover(edge), canvas, reach=0.025, softness=0.014)
+        dark = shadow(cover, canvas, reach=0.025, softness=0.014)
         bead = np.exp(-(((radius - 0.475) / 0.022) ** 2))
         height = smoothstep(-edge / 0.045) * 1.6 + bead * 1.3 + skin + flash
-        albedo = mix(table * (1 - 0.42 * dark), rubber + talc + 0.02 * bead, cover)
+        albedo = mix(table * (1 - 0.42 * dark), rubber + 0.02 * bead, cover)
         return Scene(albedo, height * cover, cover * 0.13, cover, colour(0.56, 0.56, 0.55))
 
     return Item(canvas, paint, parts, pose, room=lambda x, y: -_flange(x, y, bolts, bore=0.42))
@@ -59,9 +60,9 @@ def gasket(canvas: Canvas, rng: Generator) -> Item:
 
 def _flange(u: Array, v: Array, bolts: float, bore: float) -> Array:
     """Signed distance to a ring with an ear around each of six bolts, filleted."""
-    radius = np.hypot(u, v)
+    radius = norm(u, v)
     fold = (np.arctan2(v, u) + np.pi / 6) % (np.pi / 3) - np.pi / 6
-    ear = np.hypot(radius * np.cos(fold) - bolts, radius * np.sin(fold)) - 0.155
+    ear = norm(radius * np.cos(fold) - bolts, radius * np.sin(fold)) - 0.155
     disc = radius - 0.64
     fillet = np.clip(0.5 + (ear - disc) / 0.16, 0, 1)
     return np.maximum(ear * (1 - fillet) + disc * fillet - 0.08 * fillet * (1 - fillet), bore - radius)
