@@ -120,6 +120,34 @@ def plot_dots(table: pd.DataFrame, *, hollow: Collection[str] = ()) -> Figure:
     return fig
 
 
+def plot_curves(curves: Mapping[str, pd.DataFrame], xlabel: str, ylabel: str, *, columns: int = 4) -> Figure:
+    """A panel for each set of curves, all on the same axes from 0 to 1, with a grey line at 0.5, which is chance.
+
+    curves: for each panel its title and a table with a column for each curve and x as its index. Raises ValueError if
+    there is nothing to draw.
+    """
+    if not curves:
+        raise ValueError("no curves to draw")
+    columns = min(columns, len(curves))
+    rows = -(-len(curves) // columns)
+    size = WIDTH, 1.75 * rows + 0.8
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained")
+    for ax in axes.flat[len(curves) :]:
+        ax.set_axis_off()
+    for ax, (title, table) in zip(axes.flat, curves.items(), strict=False):
+        for place, (name, values) in enumerate(table.items()):
+            style = {"marker": "osD^"[place % 4], "markersize": 4, "linewidth": 1.3}
+            ax.plot(table.index, values, label=name, color=PALETTE[place % len(PALETTE)], **style)
+        ax.axhline(0.5, color="grey", linewidth=0.8)
+        ax.set_title(title, fontsize=9)
+        ax.set(ylim=(-0.02, 1.04))
+        ax.grid(alpha=0.3)
+    fig.supxlabel(xlabel, fontsize=10)
+    fig.supylabel(ylabel, fontsize=10)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    return fig
+
+
 def _bins(numbers: np.ndarray, log: bool, fewest: int) -> np.ndarray:
     """Return the edges from the smallest to the largest number: the more numbers, the more, up to 80 bins."""
     edges = 1 + int(np.clip(2 * fewest**0.5, 10, 80))

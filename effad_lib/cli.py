@@ -1,4 +1,4 @@
-"""The command line: `effad run · synthesize · distill · probe · train · evaluate · detect`, thin library calls."""
+"""The command line: thin calls of the library, listed by `effad --help`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,8 @@ def given(options: argparse.Namespace, known: Iterable[Option]) -> dict[str, Any
     """Return the values given on the command line, paths as seen from the project."""
     values = {option.name: getattr(options, option.name) for option in known if hasattr(options, option.name)}
     values |= {name: as_path(values[name]) for name in PATHS & values.keys()}
+    if "dataset" in values:
+        values["dataset"] = as_dataset(values["dataset"])
     return values | ({"teacher": as_teacher(values["teacher"])} if "teacher" in values else {})
 
 
@@ -78,6 +80,12 @@ def as_path(path: str) -> str:
     from effad_lib.batch import from_project
 
     return path and from_project(path)
+
+
+def as_dataset(name: str) -> str:
+    """Return a data set's name as it is, the file of "path/to/file.py:name" as seen from the project."""
+    file, separator, own = name.rpartition(":")
+    return f"{as_path(file)}:{own}" if separator and file.endswith(".py") else name
 
 
 def as_teacher(name: str) -> str:
@@ -118,19 +126,36 @@ def synthesize_options(parser: argparse.ArgumentParser) -> None:
 def _synthesis_options() -> list[Option]:
     from effad_lib.synthesis import SynthesisSettings
 
-    arguments = ("product", "data_root", "run_folder")
+    arguments = ("product", "photographs", "data_root", "run_folder", "detector_steps")
     return [option for option in settings_options(SynthesisSettings) if option.name not in arguments]
 
 
 def synthesize(options: argparse.Namespace) -> int:
     """Render a data set of a synthetic product with exact masks."""
-    from effad_lib import synthesis
-
-    values = given(options, _synthesis_options())
-    folder = str(Path(options.folder).expanduser().resolve())
-    settings = synthesis.SynthesisSettings.from_mapping({"product": options.product, "data_root": folder, **values})
-    print(synthesis.synthesize(settings))
+    _synthesize(options, product=options.product)
     return 0
+
+
+def damage_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad damage`."""
+    parser.add_argument("photographs", metavar="PHOTOGRAPHS", help="folder of good photographs")
+    parser.add_argument("folder", metavar="FOLDER", help="gets the folder `photographs`, in the layout of MVTec AD")
+    unused = ("image_size", "train")
+    add_options(parser, [option for option in _synthesis_options() if option.name not in unused])
+
+
+def damage(options: argparse.Namespace) -> int:
+    """Put defects with exact masks on good photographs of one's own."""
+    _synthesize(options, photographs=str(Path(options.photographs).expanduser().resolve()))
+    return 0
+
+
+def _synthesize(options: argparse.Namespace, **source: str) -> None:
+    from effad_lib.synthesis import SynthesisSettings, synthesize
+
+    folder = str(Path(options.folder).expanduser().resolve())
+    values = source | {"data_root": folder} | given(options, _synthesis_options())
+    print(synthesize(SynthesisSettings.from_mapping(values)))
 
 
 def distill_options(parser: argparse.ArgumentParser) -> None:
@@ -285,6 +310,7 @@ Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Na
 COMMANDS: dict[str, Command] = {
     "run": (run_options, run),
     "synthesize": (synthesize_options, synthesize),
+    "damage": (damage_options, damage),
     "distill": (distill_options, distill),
     "probe": (probe_options, probe),
     "train": (train_options, train),

@@ -214,10 +214,20 @@ def test_synthesize_writes_a_data_set(tmp_path, capsys):
     assert main(["synthesize", "board", str(tmp_path), *arguments.split()]) == 0
     folder = tmp_path / "board"
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["size"], manifest["seed"], manifest["severity"]) == ([64, 64], 3, [0.5, 1.0])
+    asked = manifest["settings"]
+    assert (asked["image_size"], asked["seed"], asked["severity"]) == ([64, 64], 3, [0.5, 1.0])
     assert len(list((folder / "train" / "good").iterdir())) == 2
     assert str(folder) in capsys.readouterr().out
     assert "another data set" in failure(capsys, "synthesize", "board", tmp_path)
+
+
+def test_damage_makes_a_data_set_of_photographs(product, tmp_path, capsys):
+    photographs = product / "train" / "good"
+    assert main(["damage", str(photographs), str(tmp_path), *"--test-good 1 --test-per-defect 1".split()]) == 0
+    manifest = json.loads((tmp_path / "photographs" / "manifest.json").read_text())
+    assert {"scratch", "cut_paste"} <= set(manifest["settings"]["defects"])
+    assert str(tmp_path / "photographs") in capsys.readouterr().out
+    assert "test_good = 40" in failure(capsys, "damage", photographs, tmp_path / "other")
 
 
 def test_train_evaluate_and_detect(teacher, product, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Data sets: what each layout yields, what is refused, and that nothing leaks from test to training."""
 
 import sys
+from dataclasses import replace
 from importlib import util
 from pathlib import Path
 
@@ -252,6 +253,33 @@ def test_own_data_set(registry, tmp_path):
     assert "mine" in dataset_names()
 
 
+OWN = """
+from effad_lib.datasets import Sample, Split, hold_out, register
+
+@register("cups")
+def cups(root, category, seed, validation_share):
+    good = [Sample(root / f"{n}.png", None, 0, "good") for n in range(20)]
+    return Split("cups", *hold_out(good, seed, validation_share), ())
+"""
+
+
+def test_own_data_set_in_a_file(registry, tmp_path, monkeypatch):
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    split = load_dataset(f"{file}:cups", root=tmp_path)
+    assert split.name == "cups" and (len(split.train), len(split.validation)) == (17, 3)
+    file.write_text(OWN.replace("range(20)", "range(30)"))  # edited, and read again
+    assert len(load_dataset(f"{file}:cups", root=tmp_path).train) == 27
+    assert "cups" in dataset_names()
+    with pytest.raises(DatasetError, match=r"no file .*gone\.py"):
+        load_dataset(f"{tmp_path}/gone.py:cups")
+    with pytest.raises(DatasetError, match=r"own\.py has no 'cubs', it registers cups"):
+        load_dataset(f"{file}:cubs")
+    file.write_text("1 / 0")
+    with pytest.raises(DatasetError, match=r"own\.py stopped with ZeroDivisionError"):
+        load_dataset(f"{file}:cups")
+
+
 def test_a_taken_name_is_refused_but_a_cell_may_run_again(registry):
     def define(result):
         @register("mine")
@@ -382,13 +410,13 @@ def test_elpv_unknown_category_and_missing_package(monkeypatch):
 def test_synthetic_product_is_written_once(tmp_path, monkeypatch):
     synthesis = pytest.importorskip("effad_lib.synthesis")
     product = synthesis.product_names()[0]
-    write, written = synthesis.write_dataset, []
+    write, written = synthesis.synthesize, []
 
-    def write_small(product, folder, **kwargs):
-        written.append(product)
-        return write(product, folder, size=(64, 64), train=14, test_good=2, test_per_defect=1, **kwargs)
+    def write_small(settings):
+        written.append(settings.product)
+        return write(replace(settings, image_size=[64, 64], train=14, test_good=2, test_per_defect=1))
 
-    monkeypatch.setattr(synthesis, "write_dataset", write_small)
+    monkeypatch.setattr(synthesis, "synthesize", write_small)
     split = load_dataset("synthetic", root=tmp_path, category=product)
     assert split == load_dataset("synthetic", root=tmp_path, category=product) and written == [product]
     assert (len(split.train), len(split.validation)) == (11, 3) and split.has_masks

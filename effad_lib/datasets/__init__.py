@@ -12,7 +12,18 @@ from tqdm.auto import tqdm
 
 from effad_lib.datasets import elpv, synthetic  # noqa: F401  (each registers its data sets)
 from effad_lib.datasets.folders import MVTEC_AD
-from effad_lib.datasets.split import FEWEST_VALIDATION, LOADERS, DatasetError, Sample, Samples, Split, listed, register
+from effad_lib.datasets.split import (
+    FEWEST_VALIDATION,
+    LOADERS,
+    DatasetError,
+    Sample,
+    Samples,
+    Split,
+    hold_out,
+    listed,
+    provided,
+    register,
+)
 from effad_lib.images import ImageError, read_image, read_mask
 from effad_lib.runs import resolve
 from effad_lib.settings import nearest
@@ -24,6 +35,7 @@ __all__ = [
     "Samples",
     "Split",
     "dataset_names",
+    "hold_out",
     "load_dataset",
     "register",
     "verify",
@@ -47,13 +59,15 @@ def load_dataset(
     - "folder": `root` is any folder of good images, see `load_folder`.
     - "elpv": solar cells from the PyPI package `elpv-dataset`; `category` is "mono" (default), "poly" or "all".
     - "synthetic": `category` is a product (default "board"); rendered into `root` (default `data/synthetic`) if absent.
-    - the name of a function of your own, see `register`.
+    - the name of a function of your own, see `register`; "path/to/file.py:name" finds it in that file.
 
     `validation_share` of the good training images, at least three, is drawn by `seed` and held out for
     calibration, unless there is a folder `validation/good`; test images never are. Relative roots are taken
     from the project's folder. Raises `DatasetError` for unknown names, missing folders and masks, or fewer
     than ten images left to train on.
     """
+    if ".py:" in dataset:
+        dataset = provided(dataset)
     if dataset not in LOADERS:
         raise DatasetError(f"unknown data set {dataset!r}: {nearest(dataset, LOADERS)}")
     if not 0 < validation_share < 1:

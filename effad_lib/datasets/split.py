@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
 
 import numpy as np
+
+from effad_lib.runs import resolve
 
 FEWEST_VALIDATION = 3
 
@@ -78,6 +83,30 @@ def register(name: str) -> Callable[[Loader], Loader]:
         return loader
 
     return add
+
+
+def provided(dataset: str) -> str:
+    """Return the registered name of a data set given as "path/to/file.py:name", running that file.
+
+    So a function registered there is known in every notebook and command that is told this one string. Relative paths
+    are taken from the project's folder. Raises `DatasetError` if the file cannot be run or registers no such name.
+    """
+    file, _, name = dataset.rpartition(":")
+    path = resolve(file)
+    if not path.is_file():
+        raise DatasetError(f"data set {dataset!r}: there is no file {path}. Name one that registers {name!r}.")
+    module = f"effad_data_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    spec = util.spec_from_file_location(module, path)
+    sys.modules[module] = loaded = util.module_from_spec(spec)  # where dataclasses and pickles look
+    try:
+        spec.loader.exec_module(loaded)
+    except Exception as error:
+        raise DatasetError(f"data set {dataset!r}: {path} stopped with {type(error).__name__}: {error}.") from error
+    theirs = [known for known, loader in LOADERS.items() if loader.__module__ == module]
+    if name not in theirs:
+        there = f"registers {', '.join(theirs)}" if theirs else f'registers nothing: put @register("{name}") there'
+        raise DatasetError(f"data set {dataset!r}: {path} has no {name!r}, it {there}.")
+    return name
 
 
 def hold_out(good: Sequence[Sample], seed: int, share: float) -> tuple[Samples, Samples]:

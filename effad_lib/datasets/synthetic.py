@@ -12,13 +12,17 @@ from effad_lib.settings import nearest
 
 @register("synthetic")
 def load_synthetic(root: Path | None, category: str, seed: int, validation_share: float) -> Split:
-    """Read a synthetic product in MVTec layout, rendered first if its folder has no `manifest.json` yet."""
+    """Read a synthetic product in MVTec layout, rendered first if its folder has no `manifest.json` yet.
+
+    `category` "photographs" reads those that `effad damage` made.
+    """
     from effad_lib import synthesis  # only this data set needs its drawing libraries
 
     category = category or synthesis.DEFAULT_PRODUCT
-    if category not in synthesis.product_names():
-        raise DatasetError(f"unknown product {category!r}: {nearest(category, synthesis.product_names())}")
-    folder = (root or resolve("data/synthetic")) / category
-    if not (folder / "manifest.json").is_file():
-        synthesis.write_dataset(category, folder)
+    root = root or resolve("data/synthetic")
+    folder = root / category
+    if not (folder / synthesis.MANIFEST).is_file():
+        if category not in synthesis.product_names():
+            raise DatasetError(f"unknown product {category!r}: {nearest(category, synthesis.product_names())}")
+        synthesis.synthesize(synthesis.SynthesisSettings(product=category, data_root=str(root)))
     return read_layout(folder, f"synthetic/{category}", seed, validation_share)

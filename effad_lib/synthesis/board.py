@@ -6,7 +6,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 
-from effad_lib.synthesis.components import PAINTERS, SOLDER, Look, Painted, pads
+from effad_lib.synthesis.components import SOLDER, Look, assemble, pads
 from effad_lib.synthesis.products import jitter, lay, product
 from effad_lib.synthesis.scene import (
     Array,
@@ -95,7 +95,7 @@ def board(canvas: Canvas, rng: Generator) -> Item:
     relief = 0.3 * traces + (0.5 + 0.3 * wet) * tin
 
     def paint(parts: tuple[Part, ...]) -> Scene:
-        layer = _assemble(canvas, pose, parts, looks)
+        layer = assemble(canvas, pose, parts, looks)
         dark = shadow(layer.cover, canvas, reach=0.024, softness=0.022)
         albedo = mix(mat, bare, cover) * (1 - 0.5 * dark)
         free = 1 - layer.cover
@@ -105,31 +105,6 @@ def board(canvas: Canvas, rng: Generator) -> Item:
         return Scene(mix(albedo, layer.albedo, layer.cover), height, gloss, cover, under)
 
     return Item(canvas, paint, parts, pose, room=lambda x, y: HALF - 0.03 - np.maximum(np.abs(x), np.abs(y)))
-
-
-def _assemble(canvas: Canvas, pose: Pose, parts: tuple[Part, ...], looks: dict[str, Look]) -> Painted:
-    """All components on an empty canvas, each painted only inside its own window."""
-    flat = (np.zeros(canvas.shape, np.float32) for _ in range(3))
-    layer = Painted(np.zeros((3, *canvas.shape), np.float32), *flat)
-    for part in parts:
-        x, y = pose.outer(part.x, part.y)
-        reach = (part.radius + 0.05) * pose.scale
-        rows = slice(*np.searchsorted(canvas.y[:, 0], (y - reach, y + reach)))
-        columns = slice(*np.searchsorted(canvas.x[0], (x - reach, x + reach)))
-        u, v = part.pose.local(*pose.local(canvas.x[:, columns], canvas.y[rows]))
-        look = looks[part.name]
-        painted = PAINTERS[part.kind](canvas, part, look, u, v)
-        cover = painted.cover
-        if part.kept < 1:
-            ragged = np.interp(v / part.height, np.linspace(-0.5, 0.5, 9), look.ragged) * part.height
-            # The ragged line starts and ends beyond the part, so that nothing goes at 1 and all at 0.
-            line = (part.kept - 0.5) * (part.width + 0.4 * part.height + 2 * canvas.pixel)
-            cover = cover * canvas.cover(u - line - ragged)
-        layer.cover[rows, columns] = np.maximum(layer.cover[rows, columns], cover)
-        for flat, new in zip((layer.height, layer.gloss), (painted.height, painted.gloss), strict=True):
-            flat[rows, columns] += (new - flat[rows, columns]) * cover
-        layer.albedo[:, rows, columns] = mix(layer.albedo[:, rows, columns], painted.albedo, cover)
-    return layer
 
 
 def _sample(layer: Image.Image, canvas: Canvas, pose: Pose, shift: tuple[float, float]) -> Array:

@@ -13,7 +13,7 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from effad_lib.synthesis.scene import Array, Canvas, Part, box, colour, mix, norm, smoothstep
+from effad_lib.synthesis.scene import Array, Canvas, Part, Pose, box, colour, mix, norm, smoothstep
 
 SOLDER = colour(0.74, 0.74, 0.72)
 EPOXY = colour(0.150, 0.150, 0.158)
@@ -50,6 +50,35 @@ def component(kind: str) -> Callable[[Painter], Painter]:
         return painter
 
     return enter
+
+
+def assemble(canvas: Canvas, pose: Pose, parts: tuple[Part, ...], looks: dict[str, Look]) -> Painted:
+    """All components on an empty canvas, each painted only inside its own window."""
+    flat = (np.zeros(canvas.shape, np.float32) for _ in range(3))
+    layer = Painted(np.zeros((3, *canvas.shape), np.float32), *flat)
+    for part in parts:
+        x, y = pose.outer(part.x, part.y)
+        turned = [abs(float(turn(part.angle + pose.angle))) for turn in (np.cos, np.sin)]
+        reach_x, reach_y = (
+            pose.scale * (along * part.width / 2 + across * part.height / 2 + 0.05)
+            for along, across in (turned, turned[::-1])
+        )
+        rows = slice(*np.searchsorted(canvas.y[:, 0], (y - reach_y, y + reach_y)))
+        columns = slice(*np.searchsorted(canvas.x[0], (x - reach_x, x + reach_x)))
+        u, v = part.pose.local(*pose.local(canvas.x[:, columns], canvas.y[rows]))
+        look = looks[part.name]
+        painted = PAINTERS[part.kind](canvas, part, look, u, v)
+        cover = painted.cover
+        if part.kept < 1:
+            ragged = np.interp(v / part.height, np.linspace(-0.5, 0.5, 9), look.ragged) * part.height
+            # The ragged line starts and ends beyond the part, so that nothing goes at 1 and all at 0.
+            line = (part.kept - 0.5) * (part.width + 0.4 * part.height + 2 * canvas.pixel)
+            cover = cover * canvas.cover(u - line - ragged)
+        layer.cover[rows, columns] = np.maximum(layer.cover[rows, columns], cover)
+        for flat, new in zip((layer.height, layer.gloss), (painted.height, painted.gloss), strict=True):
+            flat[rows, columns] += (new - flat[rows, columns]) * cover
+        layer.albedo[:, rows, columns] = mix(layer.albedo[:, rows, columns], painted.albedo, cover)
+    return layer
 
 
 def pads(part: Part) -> list[tuple[float, float, float, float]]:

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 import numpy as np
 
 from effad_lib.synthesis.defects import DEFECTS
+from effad_lib.synthesis.photographs import SecondExposure, photograph
 from effad_lib.synthesis.products import PRODUCTS
 from effad_lib.synthesis.scene import REACH, Camera, Canvas, Item, Scene, SynthesisError, Window
 
@@ -45,6 +46,12 @@ def defect_names(product: str) -> list[str]:
     return sorted(able, key=lambda name: DEFECTS[name].logical)
 
 
+def photograph_defects(picture: np.ndarray) -> list[str]:
+    """The names of the defects that `damage` can put on a photograph: an edge breaks only where there is one."""
+    item = photograph(picture)
+    return [name for name, defect in DEFECTS.items() if defect.needs(item)]
+
+
 @cache
 def _can_have(draw: Callable, defect: str) -> bool:
     return DEFECTS[defect].needs(_specimen(draw))
@@ -78,25 +85,55 @@ def render(
     check_seed(seed)
 
     canvas = Canvas(*(int(length) for length in size))
-    streams = [np.random.default_rng(child) for child in np.random.SeedSequence(int(seed)).spawn(3)]
-    item = PRODUCTS[product](canvas, streams[0])
-    camera = Camera(canvas, streams[1])
+    piece, shot, damage = _streams(seed)
+    item = PRODUCTS[product](canvas, piece)
+    image, mask, twin = _shoot(item, Camera(canvas, shot), defect, damage, severity)
+    return SyntheticImage(image, mask, twin, product, defect, int(seed))
+
+
+def damage(picture: np.ndarray, defect: str, *, seed: int = 0, severity: float = 1.0) -> SyntheticImage:
+    """Put a defect on a good photograph, uint8 [H, W, 3] of at least 64 pixels a side, with its exact mask.
+
+    The defects are those of `photograph_defects`; `severity` and mask as in `render`. The good twin is the photograph
+    itself. Defects lie on what stands out from an even ground, or anywhere. Raises SynthesisError.
+    """
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        got = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+        raise SynthesisError(f"the photograph is {got}; it must be an array uint8 [H, W, 3].")
+    check_size(picture.shape[:2])
+    check_name("defect", defect, photograph_defects(picture), " of this photograph")
+    check_severity(severity)
+    check_seed(seed)
+    _, shot, change = _streams(seed)
+    item = photograph(picture)
+    image, mask, twin = _shoot(item, SecondExposure(item, shot), defect, change, severity)
+    return SyntheticImage(image, mask, twin, "photograph", defect, int(seed))
+
+
+def _streams(seed: int) -> list[np.random.Generator]:
+    """Separate streams of chance for the piece, the shot and the defect."""
+    return [np.random.default_rng(child) for child in np.random.SeedSequence(int(seed)).spawn(3)]
+
+
+def _shoot(
+    item: Item, camera: Camera, defect: str, rng: np.random.Generator, severity: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return image uint8 [H, W, 3], mask bool [H, W] and good twin of an item seen by a camera."""
     good = camera.expose(item.scene)
     twin = camera.develop(good)
+    mask = np.zeros(item.canvas.shape, bool)
     if defect == "good":
-        return SyntheticImage(twin, np.zeros(canvas.shape, bool), twin, product, defect, int(seed))
-
-    scene = DEFECTS[defect].apply(item, streams[2], float(severity))
+        return twin, mask, twin
+    scene = DEFECTS[defect].apply(item, rng, float(severity))
     inner, outer = _windows(item.scene, scene)
     cut = tuple(slice(i.start - o.start, i.stop - o.start) for i, o in zip(inner, outer, strict=True))
     bad = camera.expose(scene, outer)[:, *cut]
-    mask = np.zeros(canvas.shape, bool)
     mask[inner] = np.abs(bad - good[:, *inner]).max(axis=0) > TOLERANCE
     if scene.claimed is not None and mask.any():
         mask |= scene.claimed
     image = twin.copy()
     np.copyto(image[inner], camera.develop(bad, inner), where=mask[inner][..., None])
-    return SyntheticImage(image, mask, twin, product, defect, int(seed))
+    return image, mask, twin
 
 
 def _windows(good: Scene, bad: Scene) -> tuple[Window, Window]:

@@ -115,7 +115,7 @@ class Item:
     """One piece of a product: its parts, and `paint(parts) -> Scene`, all of its chance already drawn.
 
     `room(x, y)` is the distance from a place (the item's own coordinates) to the border that parts must not cross.
-    `arrange(count)` gives as many parts as asked for, evenly spaced, for a product whose parts are of one kind.
+    `arrange(more)` gives the parts of a variant with that many more (or fewer) in a row, evenly spaced.
     """
 
     canvas: Canvas

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.random import Generator
 from scipy import ndimage
 
-from effad_lib.synthesis.defects import defect, spot
+from effad_lib.synthesis.defects import around, blob, defect, spot
 from effad_lib.synthesis.scene import Array, Item, Pose, Scene, cloud, colour, grain, mix, smoothstep
 
 
@@ -85,4 +85,44 @@ def contamination(item: Item, rng: Generator, severity: float) -> Scene:
         albedo=mix(scene.albedo, tone, share),
         height=scene.height * (1 - 0.5 * share),
         gloss=scene.gloss * (1 - share) + dirt.gloss * share,
+    )
+
+
+class Tone(NamedTuple):
+    """A change of colour, albedo * gain + lift, with a gain for its middle and one for its outline; and of gloss."""
+
+    core: Array
+    rim: Array
+    lift: Array
+    gloss: float
+
+
+TONES = {
+    "heat tint": Tone(colour(0.66, 0.74, 0.92), colour(1.0, 0.84, 0.60), colour(0.01, 0.01, 0.0), 0.0),
+    "bleaching": Tone(colour(0.68, 0.68, 0.68), colour(0.70, 0.70, 0.70), colour(0.25, 0.25, 0.24), -0.02),
+    "dampness": Tone(colour(0.70, 0.71, 0.73), colour(0.56, 0.58, 0.61), colour(0.0, 0.0, 0.0), 0.03),
+    "ageing": Tone(colour(0.90, 0.82, 0.58), colour(0.95, 0.89, 0.70), colour(0.03, 0.02, 0.0), 0.0),
+    "scorching": Tone(colour(0.45, 0.42, 0.38), colour(0.75, 0.66, 0.50), colour(0.13, 0.08, 0.03), -0.03),
+    "bloom": Tone(colour(0.70, 0.70, 0.70), colour(0.70, 0.70, 0.70), colour(0.22, 0.20, 0.15), -0.03),
+}
+
+
+@defect("discolouration")
+def discolouration(item: Item, rng: Generator, severity: float) -> Scene:
+    """A soft change of tone that keeps the texture: heat tint, bleaching, dampness, ageing."""
+    place, size = spot(item, rng, margin=0.04), rng.uniform(0.18, 0.32)
+    patch = around(item.canvas, place, 2.0 * size)
+    here = patch.cut(item.scene)
+    lobe = blob(rng, patch, size)
+    field = smoothstep((lobe + 0.15) / 1.0) * here.surface
+    ground = (field * here.albedo).sum(axis=(1, 2), keepdims=True) / field.sum()
+    # Dark rubber hardly gets darker: take a tone that shows.
+    kinds = [tone for tone in TONES.values() if np.abs(ground * (tone.core - 1) + tone.lift).mean() > 0.09]
+    tone = kinds[rng.integers(len(kinds))]
+    gain = mix(tone.rim, tone.core, smoothstep(lobe / 0.6)) - 1
+    share = severity * field * np.clip(1 + 0.12 * cloud(rng, patch, 0.10, 3), 0, 1.3)
+    return patch.paste(
+        item.scene,
+        albedo=np.clip(here.albedo * (1 + gain * share) + tone.lift * share, 0, 1),
+        gloss=np.clip(here.gloss + tone.gloss * share, 0, 1),
     )

@@ -1,205 +1,165 @@
-"""A synthetic data set on disk, in the MVTec AD layout."""
+"""A synthetic data set: on disk in the MVTec AD layout, or in memory."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from zlib import crc32
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from effad_lib.runs import resolve
-from effad_lib.settings import Settings
-from effad_lib.synthesis.rendering import (
-    TOLERANCE,
-    check_product,
-    check_seed,
-    check_severity,
-    check_size,
-    defect_names,
-    render,
-)
+from effad_lib.runs import write_json
+from effad_lib.synthesis.rendering import TOLERANCE, SyntheticImage
 from effad_lib.synthesis.scene import SynthesisError
+from effad_lib.synthesis.shots import Shot, SynthesisSettings
 
 MANIFEST = "manifest.json"
 
-
-@dataclass(frozen=True)
-class SynthesisSettings(Settings):
-    """Settings of a synthetic data set; the defaults make the one that `load_dataset("synthetic")` would make."""
-
-    run_folder: str = "runs/synthesis"  # for figures; the data set goes to data_root
-    product: str = "board"  # see `product_names`
-    data_root: str = "data/synthetic"  # gets the folder <product>; the default is where dataset "synthetic" looks
-    image_size: list[int] = (256, 256)  # height and width in pixels, each at least 64
-    train: int = 200  # good images to train on
-    test_good: int = 40  # good test images
-    test_per_defect: int = 20  # test images of each defect
-    severity: list[float] = (0.4, 1.0)  # lowest and highest, above 0 (invisible) and at most 1 (obvious)
-    seed: int = 0
-    overwrite: bool = False  # replace another synthetic data set in the same folder
-
-    def check(self) -> None:
-        check_product(self.product)
-        check_size(self.image_size)
-        _severity_range(self.severity)
-        check_seed(self.seed)
-
-    @property
-    def folder(self) -> Path:
-        """Where the data set is."""
-        return resolve(self.data_root) / self.product
+Result = TypeVar("Result")
 
 
 def synthesize(settings: SynthesisSettings) -> Path:
     """Write the data set of `settings` and return its folder; one that is there with the same settings is kept.
 
-    Another one is replaced with `overwrite` and is else a `SynthesisError` that names the differences.
+    The folder gets train/good/000.png, test/good/, test/<defect>/000.png, ground_truth/<defect>/000_mask.png (0 or 255)
+    and manifest.json, which holds the settings and, for every image, what it takes to make it again. It appears whole
+    or not at all. Another data set that is there is replaced with `overwrite` and is else a `SynthesisError` that names
+    the differences; a folder with anything else in it is never replaced.
     """
-    asked = {
-        "product": settings.product,
-        "size": list(settings.image_size),
-        "seed": settings.seed,
-        "severity": list(settings.severity),
-        "train": settings.train,
-        "test_good": settings.test_good,
-        "test_per_defect": settings.test_per_defect,
-    }
-    manifest = settings.folder / MANIFEST
-    if manifest.is_file():
-        there = json.loads(manifest.read_text(encoding="utf-8"))
+    folder, identity = settings.folder, settings.identity
+    if (folder / MANIFEST).is_file():
+        there = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("settings", {})
         changed = [
-            f"{name}: {there.get(name)} there, {value} now" for name, value in asked.items() if there.get(name) != value
+            f"{name}: {there.get(name)} there, {value} now"
+            for name, value in identity.items()
+            if there.get(name) != value
         ]
         if not changed:
-            return settings.folder
+            return folder
         if not settings.overwrite:
             raise SynthesisError(
-                f"{settings.folder} holds another data set ({'; '.join(changed)}). Set overwrite = True to replace it, "
-                "or name another data_root."
+                f"{folder} holds another data set ({'; '.join(changed)}). Set overwrite = True to replace it, or name "
+                "another data_root."
             )
-    del asked["product"]
-    return write_dataset(settings.product, settings.folder, **asked, overwrite=settings.overwrite)
-
-
-def write_dataset(
-    product: str,
-    folder: str | Path,
-    *,
-    size: tuple[int, int] = (256, 256),
-    train: int = 200,
-    test_good: int = 40,
-    test_per_defect: int = 20,
-    severity: tuple[float, float] = (0.4, 1.0),
-    seed: int = 0,
-    overwrite: bool = False,
-) -> Path:
-    """Write a data set of one product in the MVTec AD layout and return its folder.
-
-    `folder` gets train/good/000.png, test/good/, test/<defect>/000.png, ground_truth/<defect>/000_mask.png (0 or 255)
-    and manifest.json, which has the seed and severity of every image, so that `render` makes it again. Severities are
-    uniform in `severity` = (lowest, highest). Image i of a class depends on `seed`, its class and i alone, not on the
-    counts. The folder appears whole or not at all. An existing folder with something in it is a SynthesisError; with
-    `overwrite` it is replaced if it is such a data set.
-    """
-    check_product(product)
-    check_size(size)
-    check_seed(seed)
-    counts = {"train": train, "test_good": test_good, "test_per_defect": test_per_defect}
-    for name, count in counts.items():
-        if not isinstance(count, int) or count < 0:
-            raise SynthesisError(f"{name} is {count!r}; it must be a whole number of images, 0 or more.")
-    lowest, highest = _severity_range(severity)
-    folder = Path(folder).absolute()
-    _check_target(folder, overwrite)
-
-    groups = [("train", "good", train), ("test", "good", test_good)]
-    groups += [("test", defect, test_per_defect) for defect in defect_names(product)]
-    work = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        records = []
-        with tqdm(total=sum(count for *_, count in groups), desc=f"rendering {product}", unit="image") as progress:
-            for part, defect, count in groups:
-                for index in range(count):
-                    records.append(_write_image(work, product, part, defect, index, size, (lowest, highest), seed))
-                    progress.update()
-        manifest = {
-            "product": product,
-            "size": [int(length) for length in size],
-            "seed": int(seed),
-            "severity": [lowest, highest],
-            "mask_tolerance": TOLERANCE,
-            **counts,
-            "images": records,
-        }
-        (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        _put_in_place(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SynthesisError(f"{folder} is no synthetic data set, so it is not replaced. Name another data_root.")
+    with _put_in_place(folder) as work:
+        records = _all(partial(_write, work, settings), settings.plan(), settings, f"rendering {folder.name}")
+        write_json(work / MANIFEST, {"settings": identity, "mask_tolerance": TOLERANCE, "images": records})
     return folder
 
 
-def _write_image(
-    root: Path,
-    product: str,
-    part: str,
-    defect: str,
-    index: int,
-    size: tuple[int, int],
-    severity: tuple[float, float],
-    seed: int,
-) -> dict:
-    """Render and write one image (and its mask); return its line of the manifest."""
-    source = np.random.SeedSequence((int(seed), crc32(f"{product}/{part}/{defect}".encode()), index))
-    image_seed, share = (int(word) for word in source.generate_state(2, np.uint32))
-    level = round(severity[0] + (severity[1] - severity[0]) * share / 2**32, 4)
-    level = min(max(level, severity[0]), severity[1])
-    shot = render(product, defect, size=size, seed=image_seed, severity=level)
-    files = {f"{part}/{defect}/{index:03d}.png": shot.image}
-    if defect != "good":
-        files[f"ground_truth/{defect}/{index:03d}_mask.png"] = shot.mask.astype(np.uint8) * 255
-    for name, pixels in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        # Sensor noise hardly compresses: higher levels cost time and save nothing.
-        Image.fromarray(pixels).save(root / name, compress_level=1)
-    record = {"path": next(iter(files)), "defect": defect, "seed": image_seed}
-    return record if defect == "good" else record | {"severity": level, "mask_pixels": int(shot.mask.sum())}
+@dataclass(frozen=True)
+class Drawn:
+    """A synthetic data set in memory: `records`, the lines of its manifest, and its `shots`, in the same order."""
+
+    records: list[dict]
+    shots: list[SyntheticImage]
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """All images, uint8 [N, 3, H, W]."""
+        return np.stack([shot.image.transpose(2, 0, 1) for shot in self.shots])
+
+    @cached_property
+    def masks(self) -> np.ndarray:
+        """All masks, bool [N, H, W]."""
+        return np.stack([shot.mask for shot in self.shots])
 
 
-def _severity_range(severity: tuple[float, float]) -> tuple[float, float]:
-    if not isinstance(severity, tuple | list) or len(severity) != 2:
-        raise SynthesisError(f"severity is {severity!r}; it must be (lowest, highest), e.g. (0.4, 1.0).")
-    for level in severity:
-        check_severity(level)
-    lowest, highest = float(severity[0]), float(severity[1])
-    if lowest > highest:
-        raise SynthesisError(f"severity is {severity!r}; the lowest must not be above the highest.")
-    return lowest, highest
+def draw(settings: SynthesisSettings, shots: Sequence[Shot] | None = None) -> Drawn:
+    """Return the data set that `synthesize` would write, or just these shots of it, without writing anything."""
+    plan = settings.plan() if shots is None else shots
+    drawn = _all(partial(_drawn, settings), plan, settings, f"drawing {settings.folder.name}")
+    records, shots = zip(*drawn, strict=True) if drawn else ((), ())
+    return Drawn(list(records), list(shots))
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
-    """Raise SynthesisError if `folder` holds something that must not be replaced."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+def _all(
+    make: Callable[[Shot], Result], plan: Sequence[Shot], settings: SynthesisSettings, description: str
+) -> list[Result]:
+    """Return what `make` gives for every shot, in order, made by as many workers as the settings ask for."""
+    workers = min(settings.workers or os.cpu_count() or 1, max(1, len(plan) // 8))
+    with warnings.catch_warnings():
+        # Python 3.12 warns of forks beside threads. These children draw with NumPy, SciPy and Pillow and nothing else.
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        with _pool(workers) as pool:
+            made = pool.map(make, plan, chunksize=4) if pool else map(make, plan)
+            return list(tqdm(made, total=len(plan), desc=description, unit="image", leave=False))
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[Executor | None]:
+    """Yield workers, or None for one. Forked, they know products that a notebook registered; else they are threads."""
+    if workers == 1:
+        yield None
         return
-    if not folder.is_dir():
-        raise SynthesisError(f"{folder} is a file; name another folder.")
-    if not overwrite:
-        raise SynthesisError(f"{folder} is not empty; name another folder, or pass overwrite=True to replace it.")
-    if not (folder / MANIFEST).is_file():
-        raise SynthesisError(
-            f"{folder} has no {MANIFEST}, so it is no synthetic data set and is not replaced; name another."
-        )
+    if sys.platform == "linux":
+        pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+    else:
+        pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _put_in_place(work: Path, folder: Path) -> None:
-    """Rename `work` to `folder`, with what was there moved aside first and deleted last."""
+def _drawn(settings: SynthesisSettings, shot: Shot) -> tuple[dict, SyntheticImage]:
+    image = settings.take(shot)
+    return _record(shot, image.mask), image
+
+
+def _write(root: Path, settings: SynthesisSettings, shot: Shot) -> dict:
+    """Render and write one image (and its mask); return its line of the manifest."""
+    (root / shot.path).parent.mkdir(parents=True, exist_ok=True)
+    if shot.source and shot.defect == "good":
+        shutil.copyfile(settings.source(shot), root / shot.path)
+        return shot.record
+    image = settings.take(shot)
+    _save(root / shot.path, image.image)
+    if shot.defect != "good":
+        path = root / shot.path.replace("test/", "ground_truth/", 1).replace(".png", "_mask.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save(path, image.mask.astype(np.uint8) * 255)
+    return _record(shot, image.mask)
+
+
+def _record(shot: Shot, mask: np.ndarray) -> dict:
+    return shot.record if shot.defect == "good" else shot.record | {"mask_pixels": int(mask.sum())}
+
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    # Sensor noise hardly compresses: anything but runs costs time and saves nothing.
+    Image.fromarray(pixels).save(path, compress_level=1, compress_type=zlib.Z_RLE)
+
+
+@contextmanager
+def _put_in_place(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `folder` when all went well, and is deleted if not."""
+    work = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     old = work.with_suffix(".old")
-    if folder.exists():
-        folder.rename(old)
-    work.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        yield work
+        if folder.exists():
+            folder.rename(old)
+        work.rename(folder)
+    except OSError as error:
+        raise SynthesisError(f"{folder} cannot be written ({error}). Name another data_root.") from error
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for done_with in (work, old):
+            shutil.rmtree(done_with, ignore_errors=True)

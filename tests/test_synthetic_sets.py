@@ -1,0 +1,264 @@
+"""Synthetic data sets: the written layout, the manifest, workers, memory, one's own photographs, refusals."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effad_lib import datasets, synthesis
+from effad_lib.settings import SettingsError
+from effad_lib.synthesis import (
+    DEFECTS,
+    TOLERANCE,
+    SynthesisError,
+    SynthesisSettings,
+    damage,
+    defect_names,
+    draw,
+    photograph_defects,
+    render,
+    synthesize,
+)
+
+FEW = {"image_size": [64, 64], "train": 1, "test_good": 1, "test_per_defect": 1}
+
+
+def settings(folder, product="metal", **values):
+    return SynthesisSettings(product=product, data_root=str(folder), **values)
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_layout_and_manifest(tmp_path):
+    counts = {"train": 3, "test_good": 2, "test_per_defect": 2}
+    wanted = settings(tmp_path / "deep", "gasket", image_size=[64, 80], severity=[0.3, 0.9], seed=7, **counts)
+    folder = synthesize(wanted)
+    found = files(folder)
+    expected = {f"train/good/{i:03d}.png" for i in range(3)} | {f"test/good/{i:03d}.png" for i in range(2)}
+    for defect in defect_names("gasket"):
+        expected |= {f"test/{defect}/{i:03d}.png" for i in range(2)}
+        expected |= {f"ground_truth/{defect}/{i:03d}_mask.png" for i in range(2)}
+    assert set(found) == expected | {"manifest.json"}
+    assert [path.name for path in folder.parent.iterdir()] == ["gasket"]
+
+    manifest = json.loads(found["manifest.json"])
+    assert manifest["settings"] == {
+        "product": "gasket", "defects": defect_names("gasket"), "image_size": [64, 80], **counts,
+        "severity": [0.3, 0.9], "seed": 7,
+    }  # fmt: skip
+    assert manifest["mask_tolerance"] == TOLERANCE
+    assert len(manifest["images"]) == 3 + 2 + 2 * len(defect_names("gasket"))
+    assert len({record["seed"] for record in manifest["images"]}) == len(manifest["images"])
+    for record in manifest["images"]:
+        level = record.get("severity", 1.0)
+        shot = render("gasket", record["defect"], size=(64, 80), seed=record["seed"], severity=level)
+        assert np.array_equal(np.asarray(Image.open(folder / record["path"])), shot.image)
+        if record["defect"] == "good":
+            continue
+        assert 0.3 <= level <= 0.9
+        name = record["path"].replace("test/", "ground_truth/").replace(".png", "_mask.png")
+        mask = np.asarray(Image.open(folder / name))
+        assert mask.dtype == np.uint8 and set(np.unique(mask)) <= {0, 255}
+        assert np.array_equal(mask == 255, shot.mask) and record["mask_pixels"] == shot.mask.sum()
+
+
+def test_the_mvtec_reader_and_the_folder_reader_read_it(tmp_path):
+    folder = synthesize(settings(tmp_path, "gasket", image_size=[64, 64], train=14, test_good=2, test_per_defect=1))
+    for split in (
+        datasets.load_dataset("mvtec_ad", root=tmp_path, category="gasket"),
+        datasets.load_dataset("folder", root=folder),
+        datasets.load_dataset("synthetic", root=tmp_path, category="gasket"),
+    ):
+        assert len(split.train) + len(split.validation) == 14 and split.has_masks
+        assert {sample.defect for sample in split.test} == {"good", *defect_names("gasket")}
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
+    counts = {"image_size": [64, 64], "train": 20, "test_good": 8, "test_per_defect": 3}
+    one, three = (synthesize(settings(tmp_path / str(n), "gasket", workers=n, **counts)) for n in (1, 3))
+    assert files(one) == files(three)
+
+
+def test_the_same_data_set_in_memory(tmp_path):
+    wanted = settings(tmp_path, "board", defects=["missing", "scratch"], **FEW | {"train": 2})
+    drawn, folder = draw(wanted), synthesize(wanted)
+    assert drawn.records == json.loads((folder / "manifest.json").read_text())["images"]
+    assert [record["defect"] for record in drawn.records] == ["good", "good", "good", "missing", "scratch"]
+    assert drawn.images.shape == (5, 3, 64, 64) and drawn.images.dtype == np.uint8
+    assert drawn.masks.shape == (5, 64, 64) and not drawn.masks[:3].any() and drawn.masks[3:].any((1, 2)).all()
+    for record, image in zip(drawn.records, drawn.images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(folder / record["path"])), image.transpose(1, 2, 0))
+
+
+def test_an_image_depends_on_its_own_number_only(tmp_path):
+    few = files(synthesize(settings(tmp_path / "few", **FEW)))
+    many = files(synthesize(settings(tmp_path / "many", **FEW | {"train": 3, "test_good": 2, "test_per_defect": 2})))
+    pictures = set(few) - {"manifest.json"}
+    assert pictures < set(many) and all(few[name] == many[name] for name in pictures)
+    assert few["train/good/000.png"] != few["test/good/000.png"]
+    other = files(synthesize(settings(tmp_path / "other", seed=1, **FEW)))
+    assert other["train/good/000.png"] != few["train/good/000.png"]
+
+
+def test_what_is_there_is_kept_and_replaced_only_on_demand(tmp_path):
+    wanted = settings(tmp_path, seed=3, **FEW | {"train": 2})
+    folder = synthesize(wanted)
+    assert folder == tmp_path / "metal"
+    (folder / "train/good/000.png").write_bytes(b"kept")
+    for same in (wanted, replace(wanted, workers=2), replace(wanted, overwrite=True)):
+        assert synthesize(same) == folder and (folder / "train/good/000.png").read_bytes() == b"kept"
+    with pytest.raises(SynthesisError, match=r"another data set \(train: 2 there, 3 now\).*overwrite = True"):
+        synthesize(replace(wanted, train=3))
+    assert (folder / "train/good/000.png").read_bytes() == b"kept"
+    synthesize(replace(wanted, train=3, overwrite=True))
+    assert len(list((folder / "train/good").iterdir())) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["metal"]
+
+
+def test_a_folder_with_anything_else_in_it_is_never_replaced(tmp_path):
+    (tmp_path / "metal").mkdir()
+    synthesize(settings(tmp_path, **FEW))  # empty: nothing is lost
+    (tmp_path / "fabric").mkdir()
+    (tmp_path / "fabric/thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(SynthesisError, match="fabric is no synthetic data set"):
+            synthesize(settings(tmp_path, "fabric", overwrite=overwrite, **FEW))
+    with pytest.raises(SynthesisError, match=r"cannot be written.*another data_root"):
+        synthesize(settings(tmp_path / "fabric/thesis.txt", **FEW))
+    assert (tmp_path / "fabric/thesis.txt").read_text() == "mine"
+
+
+def test_a_broken_off_writing_leaves_what_was_there(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of paint")
+
+    wanted = settings(tmp_path, **FEW)
+    before = files(synthesize(wanted))
+    monkeypatch.setitem(DEFECTS, "scratch", replace(DEFECTS["scratch"], apply=fail))
+    with pytest.raises(RuntimeError, match="out of paint"):
+        synthesize(replace(wanted, seed=1, overwrite=True))
+    assert files(tmp_path / "metal") == before and [path.name for path in tmp_path.iterdir()] == ["metal"]
+
+
+# --- photographs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder of gaskets and boards, as if photographed, in two formats."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for index in range(15):
+        picture = Image.fromarray(render("gasket", size=(80, 96), seed=index).image)
+        picture.save(folder / f"piece_{index}.{'png' if index % 2 else 'bmp'}")
+    return folder
+
+
+def test_photographs_are_damaged_exactly_where_the_mask_says(rng):
+    picture = render("gasket", size=(128, 160), seed=2).image
+    object_alone = synthesis.photographs.photograph(picture).scene.surface > 0
+    assert 0.1 < object_alone.mean() < 0.6
+    for defect in photograph_defects(picture):
+        faint, strong = (damage(picture, defect, seed=4, severity=severity) for severity in (0.1, 1.0))
+        for shot in (faint, strong):
+            assert np.array_equal(shot.good_twin, picture)
+            assert np.array_equal(shot.image[~shot.mask], picture[~shot.mask])
+        change = [np.abs(shot.image.astype(int) - picture).sum() for shot in (faint, strong)]
+        assert change[0] < 0.5 * change[1] and 0.0005 < strong.mask.mean() < 0.25, defect
+        assert strong.mask[object_alone].sum() > 0.5 * strong.mask.sum(), defect
+        assert np.array_equal(strong.image, damage(picture, defect, seed=4).image)
+        assert not np.array_equal(strong.image, damage(picture, defect, seed=5).image)
+
+
+def test_what_is_painted_over_a_noisy_photograph_is_as_noisy(rng):
+    clean = np.full((128, 128, 3), 128, np.uint8)
+    noisy = np.clip(clean + rng.normal(0, 6, clean.shape), 0, 255).astype(np.uint8)
+    assert "broken_edge" not in photograph_defects(noisy)  # nothing stands out: the surface is everywhere
+    roughness = []
+    for picture in (clean, noisy):
+        shot = damage(picture, "contamination", seed=1)
+        rough = np.abs(np.diff(shot.image.astype(int), axis=1)).mean(axis=2)
+        roughness.append(np.median(rough[shot.mask[:, 1:]]))
+    assert roughness[1] > roughness[0] + 3
+
+
+def test_a_data_set_of_photographs(tmp_path, photographs):
+    wanted = SynthesisSettings(
+        photographs=str(photographs), data_root=str(tmp_path), test_good=2, test_per_defect=3, seed=1, workers=2
+    )
+    folder = synthesize(wanted)
+    assert folder == tmp_path / "photographs"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    defects = manifest["settings"]["defects"]
+    assert {"texture_blend", "cut_paste", "thread", "contamination", "scratch", "broken_edge"} <= set(defects)
+    split = datasets.load_dataset("synthetic", root=tmp_path, category="photographs")
+    assert len(split.train) + len(split.validation) == 13 and len(split.test) == 2 + 3 * len(defects)
+    assert split.has_masks
+    tested = {record["source"] for record in manifest["images"] if record["path"].startswith("test/")}
+    trained = {record["source"] for record in manifest["images"] if record["path"].startswith("train/")}
+    assert len(tested) == 2 and len(trained) == 13 and not tested & trained
+    for record in manifest["images"]:
+        if record["defect"] == "good":
+            assert (folder / record["path"]).read_bytes() == (photographs / record["source"]).read_bytes()
+    assert synthesize(wanted) == folder
+    assert draw(wanted).images.shape == (15 + 3 * len(defects), 3, 80, 96)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"test_good": 3}, r"test_good = 3: 15 photographs are in .*13 are left to train on"),
+        ({"test_good": 0}, r"test_good = 0: .*At least one"),
+        ({"defects": ["misplaced"]}, r"defect 'misplaced' of the photographs.*Known: .*scratch"),
+        ({"photographs": "no/such/folder"}, "there is no such folder"),
+    ],
+)
+def test_photographs_are_refused_before_anything_is_written(tmp_path, photographs, values, message):
+    values = {"photographs": str(photographs), "test_good": 2, "data_root": str(tmp_path)} | values
+    with pytest.raises(ValueError, match=message):
+        synthesize(SynthesisSettings(**values))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "picture, defect, message",
+    [
+        (np.zeros((64, 64), np.uint8), "scratch", r"uint8 \(64, 64\); it must be an array uint8 \[H, W, 3\]"),
+        (np.zeros((64, 64, 3)), "scratch", r"float64"),
+        ("photo.png", "scratch", r"the photograph is str"),
+        (np.zeros((32, 64, 3), np.uint8), "scratch", "at least 64"),
+        (np.zeros((64, 64, 3), np.uint8), "scrach", r"'scrach' of this photograph.*'scratch'"),
+    ],
+    ids=lambda value: None,
+)
+def test_damage_refuses(picture, defect, message):
+    with pytest.raises(SynthesisError, match=message):
+        damage(picture, defect)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"product": "bord"}, "'bord'.*Did you mean 'board'"),
+        ({"defects": ["scrach"]}, r"'scrach' of metal.*Did you mean 'scratch'"),
+        ({"defects": ["missing"]}, r"'missing' of metal"),
+        ({"image_size": [32, 64]}, r"size is \(32, 64\)|size is \[32, 64\]"),
+        ({"severity": [0.9, 0.1]}, "the lowest first"),
+        ({"severity": [0.5]}, "two numbers"),
+        ({"severity": [0.0, 0.5]}, "severity is 0.0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"train": -1}, "train = -1"),
+        ({"test_per_defect": 1.5}, "test_per_defect = 1.5"),
+        ({"workers": -1}, "workers = -1"),
+    ],
+    ids=lambda value: None,
+)
+def test_settings_are_refused_before_anything_is_drawn(wrong, message):
+    with pytest.raises((SynthesisError, SettingsError), match=message):
+        SynthesisSettings(**{"product": "metal"} | wrong)
