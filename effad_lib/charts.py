@@ -144,7 +144,7 @@ def plot_curves(curves: Mapping[str, pd.DataFrame], xlabel: str, ylabel: str, *,
         ax.grid(alpha=0.3)
     fig.supxlabel(xlabel, fontsize=10)
     fig.supylabel(ylabel, fontsize=10)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9, frameon=False)
     return fig
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from effad_lib.charts import plot_distributions, plot_dots, plot_panels
+from effad_lib.charts import plot_curves, plot_distributions, plot_dots, plot_panels
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +72,19 @@ def test_dots_stand_at_their_values_and_the_mean_below():
     assert right.get_xlabel() == "AU-PRO" and list(right.lines[1].get_xdata()) == [0.8, 0.8]
     with pytest.raises(ValueError, match="no values to draw"):
         plot_dots(pd.DataFrame())
+
+
+def test_curves_have_a_panel_for_each_set_on_the_same_axes():
+    tables = {
+        name: pd.DataFrame({"a": [0.2, 0.9], "b": [0.5, k / 3]}, index=[0.1, 1.0]) for k, name in enumerate("xyz")
+    }
+    fig = plot_curves(tables, "severity", "AU-ROC", columns=2)
+    shown = [ax for ax in fig.axes if ax.axison]
+    assert [ax.get_title() for ax in shown] == list("xyz") and len(fig.axes) == 4
+    for ax, table in zip(shown, tables.values(), strict=True):
+        for line, (name, values) in zip(ax.lines, table.items(), strict=False):
+            assert line.get_label() == name and list(line.get_ydata()) == list(values)
+            assert list(line.get_xdata()) == [0.1, 1.0]
+        assert ax.get_ylim() == shown[0].get_ylim()
+    with pytest.raises(ValueError, match="no curves"):
+        plot_curves({}, "severity", "AU-ROC")

@@ -1,5 +1,6 @@
 """Data sets: what each layout yields, what is refused, and that nothing leaks from test to training."""
 
+import re
 import sys
 from dataclasses import replace
 from importlib import util
@@ -278,6 +279,19 @@ def test_own_data_set_in_a_file(registry, tmp_path, monkeypatch):
     file.write_text("1 / 0")
     with pytest.raises(DatasetError, match=r"own\.py stopped with ZeroDivisionError"):
         load_dataset(f"{file}:cups")
+
+
+def test_the_readmes_example_of_an_own_data_set(registry, tmp_path):
+    readme = (runs.PROJECT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(# my_data\.py\n.*?)```", readme, re.DOTALL)
+    (tmp_path / "my_data.py").write_text(example)
+    for index in range(30):
+        save(tmp_path / f"ok/{index:02d}.png")
+        save(tmp_path / f"returned/{index:02d}.png")
+    split = load_dataset(f"{tmp_path}/my_data.py:bottles", root=tmp_path)
+    assert (len(split.train), len(split.validation)) == (17, 3)
+    assert [sample.label for sample in split.test] == [0] * 10 + [1] * 30
+    verify(split)
 
 
 def test_a_taken_name_is_refused_but_a_cell_may_run_again(registry):

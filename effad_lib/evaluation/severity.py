@@ -24,7 +24,7 @@ def severity_curves(
     *,
     levels: Sequence[float] = LEVELS,
     size: Size = (256, 256),
-    pieces: int = 12,
+    pieces: int = 16,
     good: int = 60,
     seed: int = 1,
 ) -> pd.DataFrame:

@@ -66,7 +66,7 @@ class SynthesisSettings(Settings):
     seed: int = 0  # of everything random
     workers: int = 0  # processes that draw; 0 takes one for each core
     overwrite: bool = False  # replace another synthetic data set in the same folder
-    detector_steps: int = 300  # of the detector that notebook 01 tries the data set with; 0 leaves it out
+    detector_steps: int = 1000  # of the detector that notebook 01 tries the data set with; 0 leaves it out
 
     def check(self) -> None:
         check_product(self.product)
