@@ -99,6 +99,21 @@ def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
         raise ImageError(f"{path}: cannot be read as an image ({error}). Replace or remove the file.") from error
 
 
+def image_size(path: str | Path) -> Size:
+    """Return height and width of an image file without decoding it, as it lies in the file.
+
+    Raises `ImageError` if it is no image, or of a mode that `read_image` refuses.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_mode(path, image, ("1", "L", "LA", "P", "PA", "RGB", "RGBA"))
+            return image.height, image.width
+    except ImageError:
+        raise
+    except UNREADABLE as error:
+        raise ImageError(f"{path}: cannot be read as an image ({error}). Replace or remove the file.") from error
+
+
 def _check_mode(path: str | Path, image: Image.Image, modes: tuple[str, ...]) -> None:
     """Raise `ImageError` for modes whose conversion would be a guess, 16 bits a channel that Pillow hides included."""
     raw = " ".join(str(argument) for tile in image.tile for argument in tile[1:])

@@ -272,6 +272,8 @@ def test_own_data_set_in_a_file(registry, tmp_path, monkeypatch):
     file.write_text(OWN.replace("range(20)", "range(30)"))  # edited, and read again
     assert len(load_dataset(f"{file}:cups", root=tmp_path).train) == 27
     assert "cups" in dataset_names()
+    file.write_text(OWN.replace("def cups", "def mugs"))
+    assert load_dataset(f"{file}:cups", root=tmp_path).name == "cups"
     with pytest.raises(DatasetError, match=r"no file .*gone\.py"):
         load_dataset(f"{tmp_path}/gone.py:cups")
     with pytest.raises(DatasetError, match=r"own\.py has no 'cubs', it registers cups"):

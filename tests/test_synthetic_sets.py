@@ -1,6 +1,7 @@
 """Synthetic data sets: the written layout, the manifest, workers, memory, one's own photographs, refusals."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from effad_lib import datasets, synthesis
+from effad_lib.images import ImageError
 from effad_lib.settings import SettingsError
 from effad_lib.synthesis import (
     DEFECTS,
@@ -48,7 +50,7 @@ def test_layout_and_manifest(tmp_path):
     manifest = json.loads(found["manifest.json"])
     assert manifest["settings"] == {
         "product": "gasket", "defects": defect_names("gasket"), "image_size": [64, 80], **counts,
-        "severity": [0.3, 0.9], "seed": 7,
+        "severity": [0.3, 0.9], "seed": 7, "drawing": synthesis.shots.DRAWING,
     }  # fmt: skip
     assert manifest["mask_tolerance"] == TOLERANCE
     assert len(manifest["images"]) == 3 + 2 + 2 * len(defect_names("gasket"))
@@ -127,9 +129,32 @@ def test_a_folder_with_anything_else_in_it_is_never_replaced(tmp_path):
     for overwrite in (False, True):
         with pytest.raises(SynthesisError, match="fabric is no synthetic data set"):
             synthesize(settings(tmp_path, "fabric", overwrite=overwrite, **FEW))
+    (tmp_path / "fabric/manifest.json").write_text('{"name": "my web app"}')
+    (tmp_path / "metal/notes.txt").write_text("mine")
+    for product, reason in (
+        ("fabric", "manifest.json is missing or not whole"),
+        ("metal", "notes.txt does not belong"),
+    ):
+        with pytest.raises(SynthesisError, match=reason):
+            synthesize(settings(tmp_path, product, overwrite=True, seed=5, **FEW))
+    assert (tmp_path / "metal/notes.txt").read_text() == "mine"
     with pytest.raises(SynthesisError, match=r"cannot be written.*another data_root"):
         synthesize(settings(tmp_path / "fabric/thesis.txt", **FEW))
     assert (tmp_path / "fabric/thesis.txt").read_text() == "mine"
+
+
+def test_what_somebody_puts_there_meanwhile_stays(tmp_path, monkeypatch):
+    scratch = DEFECTS["scratch"]
+
+    def meddle(*arguments):
+        (tmp_path / "metal").mkdir()
+        (tmp_path / "metal/mine.txt").write_text("mine")
+        return scratch.apply(*arguments)
+
+    monkeypatch.setitem(DEFECTS, "scratch", replace(scratch, apply=meddle))
+    with pytest.raises(SynthesisError, match="left alone"):
+        synthesize(settings(tmp_path, defects=["scratch"], **FEW))
+    assert [path.name for path in tmp_path.rglob("*")] == ["metal", "mine.txt"]
 
 
 def test_a_broken_off_writing_leaves_what_was_there(tmp_path, monkeypatch):
@@ -149,7 +174,7 @@ def test_a_broken_off_writing_leaves_what_was_there(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """A folder of gaskets and boards, as if photographed, in two formats."""
+    """A folder of gaskets, as if photographed, in two formats."""
     folder = tmp_path_factory.mktemp("photographs")
     for index in range(15):
         picture = Image.fromarray(render("gasket", size=(80, 96), seed=index).image)
@@ -157,7 +182,7 @@ def photographs(tmp_path_factory):
     return folder
 
 
-def test_photographs_are_damaged_exactly_where_the_mask_says(rng):
+def test_photographs_are_damaged_exactly_where_the_mask_says():
     picture = render("gasket", size=(128, 160), seed=2).image
     object_alone = synthesis.photographs.photograph(picture).scene.surface > 0
     assert 0.1 < object_alone.mean() < 0.6
@@ -171,6 +196,24 @@ def test_photographs_are_damaged_exactly_where_the_mask_says(rng):
         assert strong.mask[object_alone].sum() > 0.5 * strong.mask.sum(), defect
         assert np.array_equal(strong.image, damage(picture, defect, seed=4).image)
         assert not np.array_equal(strong.image, damage(picture, defect, seed=5).image)
+
+
+def test_what_is_grey_stays_grey():
+    grey = np.repeat(render("metal", size=(96, 96), seed=1).image[..., :1], 3, axis=2)
+    for defect in photograph_defects(grey):
+        shot = damage(grey, defect, seed=2)
+        assert shot.mask.any() and not np.ptp(shot.image, axis=2).any(), defect
+
+
+@pytest.mark.parametrize("ground, piece", [(200, 0), (0, 200), (255, 20)])
+@pytest.mark.filterwarnings("error")
+def test_black_and_white_photographs_get_defects_too(ground, piece):
+    picture = np.full((96, 96, 3), ground, np.uint8)
+    picture[20:76, 24:72] = piece
+    for defect in photograph_defects(picture):
+        # On what is even, a worn or displaced texture and a piece of the same hardly show.
+        least = 1 if defect in ("interruption", "cut_paste") else 10
+        assert max(damage(picture, defect, seed=seed).mask.sum() for seed in range(3)) >= least, defect
 
 
 def test_what_is_painted_over_a_noisy_photograph_is_as_noisy(rng):
@@ -205,6 +248,30 @@ def test_a_data_set_of_photographs(tmp_path, photographs):
             assert (folder / record["path"]).read_bytes() == (photographs / record["source"]).read_bytes()
     assert synthesize(wanted) == folder
     assert draw(wanted).images.shape == (15 + 3 * len(defects), 3, 80, 96)
+
+
+def test_other_photographs_in_the_same_folder_are_other_data(tmp_path, photographs):
+    folder = tmp_path / "mine"
+    shutil.copytree(photographs, folder)
+    wanted = {"photographs": str(folder), "data_root": str(tmp_path / "out"), "test_good": 2, "test_per_defect": 1}
+    synthesize(SynthesisSettings(**wanted))
+    Image.fromarray(render("gasket", size=(96, 80), seed=99).image).save(folder / "piece_0.bmp")
+    with pytest.raises(SynthesisError, match="photographs_sha256"):
+        synthesize(SynthesisSettings(**wanted))
+    with pytest.raises(SynthesisError, match=r"photographs of 2 sizes.*use shots"):
+        _ = draw(SynthesisSettings(**wanted)).images
+    for inside in (folder, folder / "deeper", tmp_path):
+        with pytest.raises(SynthesisError, match="would mix with the photographs"):
+            there = {"photographs": str(folder if inside != tmp_path else tmp_path / "photographs" / "raw")}
+            if inside == tmp_path:
+                shutil.copytree(photographs, tmp_path / "photographs" / "raw")
+            synthesize(SynthesisSettings(**wanted | there | {"data_root": str(inside)}))
+    Image.new("RGB", (50, 50)).save(folder / "piece_small.png")
+    with pytest.raises(SynthesisError, match=r"piece_small\.png: too small"):
+        synthesize(SynthesisSettings(**wanted))
+    (folder / "piece_small.png").write_bytes(b"junk")
+    with pytest.raises(ImageError, match=r"piece_small\.png: cannot be read"):
+        synthesize(SynthesisSettings(**wanted))
 
 
 @pytest.mark.parametrize(
@@ -248,6 +315,7 @@ def test_damage_refuses(picture, defect, message):
         ({"product": "bord"}, "'bord'.*Did you mean 'board'"),
         ({"defects": ["scrach"]}, r"'scrach' of metal.*Did you mean 'scratch'"),
         ({"defects": ["missing"]}, r"'missing' of metal"),
+        ({"defects": ["dent", "dent"]}, "each name once"),
         ({"image_size": [32, 64]}, r"size is \(32, 64\)|size is \[32, 64\]"),
         ({"severity": [0.9, 0.1]}, "the lowest first"),
         ({"severity": [0.5]}, "two numbers"),

@@ -96,12 +96,15 @@ def provided(dataset: str) -> str:
     if not path.is_file():
         raise DatasetError(f"data set {dataset!r}: there is no file {path}. Name one that registers {name!r}.")
     module = f"effad_data_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    for known in [known for known, loader in LOADERS.items() if loader.__module__ == module]:
+        del LOADERS[known]  # the file may have been edited since
     spec = util.spec_from_file_location(module, path)
     sys.modules[module] = loaded = util.module_from_spec(spec)  # where dataclasses and pickles look
     try:
         spec.loader.exec_module(loaded)
     except Exception as error:
-        raise DatasetError(f"data set {dataset!r}: {path} stopped with {type(error).__name__}: {error}.") from error
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        raise DatasetError(f"data set {dataset!r}: {path} stopped with {reason}.") from error
     theirs = [known for known, loader in LOADERS.items() if loader.__module__ == module]
     if name not in theirs:
         there = f"registers {', '.join(theirs)}" if theirs else f'registers nothing: put @register("{name}") there'

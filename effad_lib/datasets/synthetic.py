@@ -22,6 +22,8 @@ def load_synthetic(root: Path | None, category: str, seed: int, validation_share
     root = root or resolve("data/synthetic")
     folder = root / category
     if not (folder / synthesis.MANIFEST).is_file():
+        if category == "photographs":
+            raise DatasetError(f"no {folder / synthesis.MANIFEST}. Make it: effad damage YOUR_GOOD_PHOTOGRAPHS {root}")
         if category not in synthesis.product_names():
             raise DatasetError(f"unknown product {category!r}: {nearest(category, synthesis.product_names())}")
         synthesis.synthesize(synthesis.SynthesisSettings(product=category, data_root=str(root)))

@@ -1,6 +1,6 @@
 """The register of defects: each is a function `(item, rng, severity) -> Scene`.
 
-Place and shape come from `rng` alone, so that one seed gives one defect, fainter or stronger with the severity.
+Place and shape come from `rng`, so that one seed gives one defect, fainter or stronger with the severity.
 """
 
 from collections.abc import Callable

@@ -75,12 +75,17 @@ class SecondExposure(Camera):
         residue = self.photograph - ndimage.uniform_filter(self.photograph, (0, 3, 3))
         # The median, for edges are no noise; 1.48 makes it a deviation, 9/8 is what the mean of nine takes away.
         deviation = 1.48 * (9 / 8) ** 0.5 * np.median(np.abs(residue), axis=(1, 2), keepdims=True)
-        self.noise = rng.standard_normal(self.photograph.shape, dtype=np.float32) * deviation
+        # What is grey stays grey: a colour would give the defect away, and no camera that made it could see one.
+        self.grey = bool(np.ptp(self.photograph, axis=0).max() == 0)
+        planes = 1 if self.grey else 3
+        self.noise = rng.standard_normal((planes, *self.canvas.shape), dtype=np.float32) * deviation
         self.before = super().expose(item.scene)
 
     def expose(self, scene: Scene, window: Window = WHOLE) -> Array:
         """The photograph and what the scene changes in it, float32 [3, h, w] in [0, 1] of that window."""
         change = super().expose(scene, window) - self.before[:, *window]
+        if self.grey:
+            change = change.mean(axis=0, keepdims=True)
         return np.clip(self.photograph[:, *window] + change, 0, 1)
 
     def develop(self, picture: Array, window: Window = WHOLE) -> Array:
@@ -98,7 +103,7 @@ def is_photograph(item: Item) -> bool:
 
 @lru_cache(maxsize=16)
 def _foreign(path: Path) -> Array:
-    """A photograph of something else, float32 [3, h, w] in [0, 1], its short side 256 pixels at most."""
+    """A photograph of something else, float32 [3, h, w] in [0, 1], its sides 512 pixels at most."""
     with Image.open(path) as image:
         image.draft("RGB", (512, 512))
         image = image.convert("RGB")
@@ -134,7 +139,7 @@ def cut_paste(item: Item, rng: Generator, severity: float) -> Scene:
     rows = (v + from_y) / canvas.pixel + (canvas.height - 1) / 2
     columns = (u + from_x) / canvas.pixel + (canvas.width - 1) / 2
     cut = np.stack([ndimage.map_coordinates(plane, [rows, columns], order=1, mode="mirror") for plane in scene.albedo])
-    # A grey photograph stays grey: hues shift as far as there are any.
+    # Hues shift as far as there are any.
     hue = min(1.0, 12 * float(np.ptp(scene.albedo, axis=0).mean()))
     cut = cut * rng.uniform(0.75, 1.25) + hue * colour(*rng.uniform(-0.08, 0.08, 3))
     cover = canvas.cover(box(u, v, width, height, 0.3 * min(width, height)), softness=max(2.0, 0.02 / canvas.pixel))

@@ -8,8 +8,8 @@ from numbers import Integral, Real
 
 import numpy as np
 
-from effad_lib.synthesis.defects import DEFECTS
-from effad_lib.synthesis.photographs import SecondExposure, photograph
+from effad_lib.synthesis.defects import DEFECTS, Defect
+from effad_lib.synthesis.photographs import Photograph, SecondExposure, photograph
 from effad_lib.synthesis.products import PRODUCTS
 from effad_lib.synthesis.scene import REACH, Camera, Canvas, Item, Scene, SynthesisError, Window
 
@@ -42,19 +42,30 @@ def product_names() -> list[str]:
 def defect_names(product: str) -> list[str]:
     """The names of the defects that a product can have, logical ones last; SynthesisError for an unknown product."""
     check_product(product)
-    able = [name for name in DEFECTS if _can_have(PRODUCTS[product], name)]
+    able = [name for name, defect in DEFECTS.items() if _can_have(PRODUCTS[product], defect)]
     return sorted(able, key=lambda name: DEFECTS[name].logical)
 
 
 def photograph_defects(picture: np.ndarray) -> list[str]:
     """The names of the defects that `damage` can put on a photograph: an edge breaks only where there is one."""
-    item = photograph(picture)
+    return _able(_checked_photograph(picture))
+
+
+def _able(item: Item) -> list[str]:
     return [name for name, defect in DEFECTS.items() if defect.needs(item)]
 
 
+def _checked_photograph(picture: np.ndarray) -> Photograph:
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        got = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+        raise SynthesisError(f"the photograph is {got}; it must be an array uint8 [H, W, 3].")
+    check_size(picture.shape[:2])
+    return photograph(picture)
+
+
 @cache
-def _can_have(draw: Callable, defect: str) -> bool:
-    return DEFECTS[defect].needs(_specimen(draw))
+def _can_have(draw: Callable, defect: Defect) -> bool:
+    return defect.needs(_specimen(draw))
 
 
 @cache
@@ -73,8 +84,9 @@ def render(
     """Render one image of a product, good or with a defect, with its exact mask.
 
     `size` is (height, width) in pixels, each at least 64. `severity` in (0, 1] goes from invisible (the mask may then
-    be empty) to obvious; place and shape depend on `seed` alone. The mask is True where the defect changes a colour
-    channel by more than `TOLERANCE` before noise; that of a misplaced part covers its old and its new place.
+    be empty) to obvious; place and shape follow from `seed` and `size`, holes and chips also grow. The mask is True
+    where the defect changes a colour channel by more than `TOLERANCE` before noise; that of parts out of place covers
+    their old and their new place.
     The good twin equals `render(product, size=size, seed=seed).image`. Raises SynthesisError.
     """
     check_product(product)
@@ -97,15 +109,11 @@ def damage(picture: np.ndarray, defect: str, *, seed: int = 0, severity: float =
     The defects are those of `photograph_defects`; `severity` and mask as in `render`. The good twin is the photograph
     itself. Defects lie on what stands out from an even ground, or anywhere. Raises SynthesisError.
     """
-    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        got = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
-        raise SynthesisError(f"the photograph is {got}; it must be an array uint8 [H, W, 3].")
-    check_size(picture.shape[:2])
-    check_name("defect", defect, photograph_defects(picture), " of this photograph")
+    item = _checked_photograph(picture)
+    check_name("defect", defect, _able(item), " of this photograph")
     check_severity(severity)
     check_seed(seed)
     _, shot, change = _streams(seed)
-    item = photograph(picture)
     image, mask, twin = _shoot(item, SecondExposure(item, shot), defect, change, severity)
     return SyntheticImage(image, mask, twin, "photograph", defect, int(seed))
 

@@ -196,7 +196,7 @@ def grain(rng: np.random.Generator, canvas: Canvas, along: float, across: float,
     return noise / noise.std()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _blur(rows: int, columns: int, along: float, across: float, angle: float) -> Array:
     """What a Gaussian blur of `along` x `across` pixels, turned by `angle`, does to the spectrum of `fft.rfft2`."""
     ky, kx = (k.astype(np.float32) for k in (fft.fftfreq(rows)[:, None], fft.rfftfreq(columns)[None]))

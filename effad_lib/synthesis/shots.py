@@ -1,16 +1,19 @@
 """What a synthetic data set consists of: its settings, and the list of shots that follows from them."""
 
+import hashlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 
-from effad_lib.images import find_images, read_image
+from effad_lib.images import find_images, image_size, read_image
 from effad_lib.runs import resolve
 from effad_lib.settings import Settings
 from effad_lib.synthesis.rendering import (
+    SMALLEST,
     SyntheticImage,
     check_name,
     check_product,
@@ -26,6 +29,9 @@ from effad_lib.synthesis.scene import SynthesisError
 
 FEWEST_GOOD = 13
 """Good images that a detector needs: ten to train on and three held out."""
+
+DRAWING = 1
+"""Raised with every change of what is drawn for a seed: data sets of another number are not taken for the same."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class SynthesisSettings(Settings):
     test_per_defect: int = 20  # test images of each defect
     severity: list[float] = (0.4, 1.0)  # lowest and highest, above 0 (invisible) and at most 1 (obvious)
     seed: int = 0  # of everything random
-    workers: int = 0  # processes that draw; 0 takes one for each core
+    workers: int = 0  # that draw at the same time; 0 takes one for each core
     overwrite: bool = False  # replace another synthetic data set in the same folder
     detector_steps: int = 1000  # of the detector that notebook 01 tries the data set with; 0 leaves it out
 
@@ -74,6 +80,7 @@ class SynthesisSettings(Settings):
         check_seed(self.seed)
         for name in ("train", "test_good", "test_per_defect", "workers", "detector_steps"):
             self.require(getattr(self, name) >= 0, name, "a whole number of at least 0")
+        self.require(len(set(self.defects)) == len(self.defects), "defects", "each name once")
         self.require(len(self.severity) == 2, "severity", "two numbers, the lowest and the highest")
         for level in self.severity:
             check_severity(level)
@@ -92,7 +99,10 @@ class SynthesisSettings(Settings):
         """The settings that decide what is in the data set, as the manifest keeps them."""
         values = {name: value for name, value in self.as_dict().items() if name not in self.MAY_CHANGE}
         unused = ("product", "image_size", "train") if self.photographs else ("photographs",)
-        return {name: value for name, value in values.items() if name not in unused} | {"defects": self.defect_names}
+        values = {name: value for name, value in values.items() if name not in unused}
+        if self.photographs:
+            values["photographs_sha256"] = self._digest
+        return values | {"defects": self.defect_names, "drawing": DRAWING}
 
     @cached_property
     def defect_names(self) -> list[str]:
@@ -108,18 +118,35 @@ class SynthesisSettings(Settings):
     @cached_property
     def _parts(self) -> tuple[list[Path], list[Path]]:
         """The photographs to train on and those to test."""
-        paths = find_images(resolve(self.photographs))
+        folder = resolve(self.photographs)
+        paths = find_images(folder)
+        if self.folder.is_relative_to(folder) or folder.is_relative_to(self.folder):
+            raise SynthesisError(
+                f"data_root = {self.data_root!r}: what is written to {self.folder} would mix with the photographs in "
+                f"{folder}. Name a data_root outside of them."
+            )
         if len(paths) < self.test_good + FEWEST_GOOD or not self.test_good:
             raise SynthesisError(
                 f"test_good = {self.test_good}: {len(paths)} photographs are in {self.photographs}. At least one is "
                 f"tested and {FEWEST_GOOD} are left to train on: take more photographs, or a smaller test_good."
             )
+        for path in paths:
+            if min(image_size(path)) < SMALLEST:
+                raise SynthesisError(f"{path}: too small, each side takes {SMALLEST} pixels or more. Remove the file.")
         tested = set(np.random.default_rng(self.seed).permutation(len(paths))[: self.test_good].tolist())
         train = [path for index, path in enumerate(paths) if index not in tested]
         return train, [paths[index] for index in sorted(tested)]
 
+    @cached_property
+    def _digest(self) -> str:
+        """Tells the photographs apart from others of the same folder."""
+        digest = hashlib.sha256()
+        for path in chain(*self._parts):
+            digest.update(f"{self._below(path)} {path.stat().st_size} {crc32(path.read_bytes())}\n".encode())
+        return digest.hexdigest()
+
     def plan(self) -> list[Shot]:
-        """Return all shots. Image i of a class depends on seed, class and i alone, not on how many there are."""
+        """Return all shots. A drawn image i of a class depends on seed, class and i, not on how many there are."""
         if self.photographs:
             train, tested = self._parts
             good = [("train", index, path) for index, path in enumerate(train)]

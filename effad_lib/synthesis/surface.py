@@ -78,7 +78,8 @@ def contamination(item: Item, rng: Generator, severity: float) -> Scene:
     film = np.clip(film * (1 + dirt.coarse * grain(rng, canvas, 0.8, 0.8)), 0, 1)
     share = severity * dirt.hiding * film * scene.surface
     light = scene.albedo.mean(axis=0)
-    below = light / ndimage.uniform_filter(light, max(3, round(0.08 / canvas.pixel)))
+    # Black has no texture to take on.
+    below = (light + 0.02) / (ndimage.uniform_filter(light, max(3, round(0.08 / canvas.pixel))) + 0.02)
     tone = dirt.tint * (1 + dirt.clear * (below - 1) + 0.04 * cloud(rng, canvas, 0.06))
     return replace(
         scene,

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from effad_lib.images import read_image
 from effad_lib.runs import write_json
 from effad_lib.synthesis.rendering import TOLERANCE, SyntheticImage
 from effad_lib.synthesis.scene import SynthesisError
@@ -38,8 +39,9 @@ def synthesize(settings: SynthesisSettings) -> Path:
     the differences; a folder with anything else in it is never replaced.
     """
     folder, identity = settings.folder, settings.identity
-    if (folder / MANIFEST).is_file():
-        there = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("settings", {})
+    manifest = _manifest(folder)
+    if manifest:
+        there = manifest["settings"]
         changed = [
             f"{name}: {there.get(name)} there, {value} now"
             for name, value in identity.items()
@@ -52,17 +54,47 @@ def synthesize(settings: SynthesisSettings) -> Path:
                 f"{folder} holds another data set ({'; '.join(changed)}). Set overwrite = True to replace it, or name "
                 "another data_root."
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SynthesisError(f"{folder} is no synthetic data set, so it is not replaced. Name another data_root.")
     with _put_in_place(folder) as work:
         records = _all(partial(_write, work, settings), settings.plan(), settings, f"rendering {folder.name}")
         write_json(work / MANIFEST, {"settings": identity, "mask_tolerance": TOLERANCE, "images": records})
     return folder
 
 
+def _manifest(folder: Path) -> dict | None:
+    """Return the manifest of the data set in a folder, None if there is nothing in it.
+
+    Raises `SynthesisError` if anything else is in it, be it only one file: it must not be replaced.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        own = {record["path"] for record in manifest["images"]} | {MANIFEST}
+        own |= {_mask_path(record["path"]) for record in manifest["images"]}
+        whole = isinstance(manifest["settings"], dict)
+        foreign = [
+            path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() not in own
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole, foreign = False, []
+    if not whole or foreign:
+        reason = f"{foreign[0]} does not belong to one" if foreign else f"its {MANIFEST} is missing or not whole"
+        raise SynthesisError(
+            f"{folder} is no synthetic data set ({reason}), so it is left alone. Name another data_root."
+        )
+    return manifest
+
+
+def _mask_path(path: str) -> str:
+    return path.replace("test/", "ground_truth/", 1).replace(".png", "_mask.png")
+
+
 @dataclass(frozen=True)
 class Drawn:
-    """A synthetic data set in memory: `records`, the lines of its manifest, and its `shots`, in the same order."""
+    """A synthetic data set in memory: `records`, the lines of its manifest, and its `shots`, in the same order.
+
+    `images` and `masks` raise `SynthesisError` where photographs differ in size.
+    """
 
     records: list[dict]
     shots: list[SyntheticImage]
@@ -70,12 +102,19 @@ class Drawn:
     @cached_property
     def images(self) -> np.ndarray:
         """All images, uint8 [N, 3, H, W]."""
-        return np.stack([shot.image.transpose(2, 0, 1) for shot in self.shots])
+        return self._stacked([shot.image.transpose(2, 0, 1) for shot in self.shots])
 
     @cached_property
     def masks(self) -> np.ndarray:
         """All masks, bool [N, H, W]."""
-        return np.stack([shot.mask for shot in self.shots])
+        return self._stacked([shot.mask for shot in self.shots])
+
+    @staticmethod
+    def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
+        sizes = sorted({array.shape[-2:] for array in arrays})
+        if len(sizes) > 1:
+            raise SynthesisError(f"photographs of {len(sizes)} sizes, such as {sizes[0]} and {sizes[1]}: use shots.")
+        return np.stack(arrays)
 
 
 def draw(settings: SynthesisSettings, shots: Sequence[Shot] | None = None) -> Drawn:
@@ -90,7 +129,8 @@ def _all(
     make: Callable[[Shot], Result], plan: Sequence[Shot], settings: SynthesisSettings, description: str
 ) -> list[Result]:
     """Return what `make` gives for every shot, in order, made by as many workers as the settings ask for."""
-    workers = min(settings.workers or os.cpu_count() or 1, max(1, len(plan) // 8))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(settings.workers or cores, max(1, len(plan) // 8))
     with warnings.catch_warnings():
         # Python 3.12 warns of forks beside threads. These children draw with NumPy, SciPy and Pillow and nothing else.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
@@ -124,12 +164,14 @@ def _write(root: Path, settings: SynthesisSettings, shot: Shot) -> dict:
     """Render and write one image (and its mask); return its line of the manifest."""
     (root / shot.path).parent.mkdir(parents=True, exist_ok=True)
     if shot.source and shot.defect == "good":
-        shutil.copyfile(settings.source(shot), root / shot.path)
+        source = settings.source(shot)
+        read_image(source)  # raises for a broken one
+        shutil.copyfile(source, root / shot.path)
         return shot.record
     image = settings.take(shot)
     _save(root / shot.path, image.image)
     if shot.defect != "good":
-        path = root / shot.path.replace("test/", "ground_truth/", 1).replace(".png", "_mask.png")
+        path = root / _mask_path(shot.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _save(path, image.mask.astype(np.uint8) * 255)
     return _record(shot, image.mask)
@@ -153,8 +195,10 @@ def _put_in_place(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
-        if folder.exists():
+        if _manifest(folder):  # looked at again: somebody may have put something there meanwhile
             folder.rename(old)
+        elif folder.exists():
+            folder.rmdir()
         work.rename(folder)
     except OSError as error:
         raise SynthesisError(f"{folder} cannot be written ({error}). Name another data_root.") from error
