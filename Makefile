@@ -41,3 +41,4 @@ $(INSTALLED): pyproject.toml
 figures: run
 	cp runs/quick/synthetic/figures/typical.png figures/heatmaps.png
 	cp runs/quick/elpv_mono/figures/scores.png figures/scores.png
+	cp runs/quick/data/figures/products.png figures/products.png
