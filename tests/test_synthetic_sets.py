@@ -131,6 +131,7 @@ def test_a_folder_with_anything_else_in_it_is_never_replaced(tmp_path):
             synthesize(settings(tmp_path, "fabric", overwrite=overwrite, **FEW))
     (tmp_path / "fabric/manifest.json").write_text('{"name": "my web app"}')
     (tmp_path / "metal/notes.txt").write_text("mine")
+    assert synthesize(settings(tmp_path, **FEW)) == tmp_path / "metal"  # nothing to replace
     for product, reason in (
         ("fabric", "manifest.json is missing or not whole"),
         ("metal", "notes.txt does not belong"),

@@ -1,6 +1,6 @@
 """Defects on real photographs: the same models, on a picture in place of a drawn product."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def texture_blend(item: Item, rng: Generator, severity: float) -> Scene:
     lobe = 1 - norm(canvas.x - x, canvas.y - y) / size + 0.45 * cloud(rng, canvas, 0.12, 3)
     near = smoothstep(2 * (2.2 - norm(canvas.x - x, canvas.y - y) / size))
     share = smoothstep(lobe * near / 0.35) * scene.surface * rng.uniform(0.55, 1.0) * severity
-    return _painted(scene, mix(scene.albedo, texture, share))
+    return replace(scene, albedo=mix(scene.albedo, texture, share))
 
 
 @defect("cut_paste", needs=is_photograph)
@@ -143,11 +143,7 @@ def cut_paste(item: Item, rng: Generator, severity: float) -> Scene:
     hue = min(1.0, 12 * float(np.ptp(scene.albedo, axis=0).mean()))
     cut = cut * rng.uniform(0.75, 1.25) + hue * colour(*rng.uniform(-0.08, 0.08, 3))
     cover = canvas.cover(box(u, v, width, height, 0.3 * min(width, height)), softness=max(2.0, 0.02 / canvas.pixel))
-    return _painted(scene, mix(scene.albedo, np.clip(cut, 0, 1), cover * scene.surface * severity))
-
-
-def _painted(scene: Scene, albedo: Array) -> Scene:
-    return Scene(albedo, scene.height, scene.gloss, scene.surface, scene.under)
+    return replace(scene, albedo=mix(scene.albedo, np.clip(cut, 0, 1), cover * scene.surface * severity))
 
 
 def _mirrored(places: Array, length: int) -> Array:

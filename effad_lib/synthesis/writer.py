@@ -54,6 +54,7 @@ def synthesize(settings: SynthesisSettings) -> Path:
                 f"{folder} holds another data set ({'; '.join(changed)}). Set overwrite = True to replace it, or name "
                 "another data_root."
             )
+        _check_own(folder, manifest)
     with _put_in_place(folder) as work:
         records = _all(partial(_write, work, settings), settings.plan(), settings, f"rendering {folder.name}")
         write_json(work / MANIFEST, {"settings": identity, "mask_tolerance": TOLERANCE, "images": records})
@@ -61,28 +62,35 @@ def synthesize(settings: SynthesisSettings) -> Path:
 
 
 def _manifest(folder: Path) -> dict | None:
-    """Return the manifest of the data set in a folder, None if there is nothing in it.
+    """Return the manifest of the data set in a folder, None if nothing is in it.
 
-    Raises `SynthesisError` if anything else is in it, be it only one file: it must not be replaced.
+    Raises `SynthesisError` if something else is.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        own = {record["path"] for record in manifest["images"]} | {MANIFEST}
-        own |= {_mask_path(record["path"]) for record in manifest["images"]}
-        whole = isinstance(manifest["settings"], dict)
-        foreign = [
-            path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() not in own
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole, foreign = False, []
-    if not whole or foreign:
-        reason = f"{foreign[0]} does not belong to one" if foreign else f"its {MANIFEST} is missing or not whole"
-        raise SynthesisError(
-            f"{folder} is no synthetic data set ({reason}), so it is left alone. Name another data_root."
-        )
+        whole = isinstance(manifest["settings"], dict) and all(record["path"] for record in manifest["images"])
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise _left_alone(folder, f"its {MANIFEST} is missing or not whole")
     return manifest
+
+
+def _check_own(folder: Path, manifest: dict) -> None:
+    """Raise `SynthesisError` if a folder to be replaced holds a file that is not of the data set."""
+    paths = [record["path"] for record in manifest["images"]]
+    own = {MANIFEST, *paths, *(_mask_path(path) for path in paths)}
+    for path in folder.rglob("*"):
+        if not path.is_dir() and path.relative_to(folder).as_posix() not in own:
+            raise _left_alone(folder, f"{path} does not belong to one")
+
+
+def _left_alone(folder: Path, reason: str) -> SynthesisError:
+    return SynthesisError(
+        f"{folder} is no synthetic data set ({reason}), so it is left alone. Move it away, or name another data_root."
+    )
 
 
 def _mask_path(path: str) -> str:
@@ -195,7 +203,8 @@ def _put_in_place(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
-        if _manifest(folder):  # looked at again: somebody may have put something there meanwhile
+        if manifest := _manifest(folder):  # looked at again: somebody may have put something there meanwhile
+            _check_own(folder, manifest)
             folder.rename(old)
         elif folder.exists():
             folder.rmdir()
