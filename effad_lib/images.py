@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import util
 from pathlib import Path
 
@@ -28,6 +29,9 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 """Luma of ITU-R BT.601, the grey of torchvision's transforms."""
 
+
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+"""Pillow's modes that become RGB without a guess."""
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for a file that it cannot decode."""
@@ -82,21 +86,15 @@ def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
     that cannot be decoded, for 16-bit, float and CMYK images, whose conversion would be a guess, and, where a `size` is
     given, for sides below 64 pixels: enlarging would invent what the networks are to judge.
     """
-    try:
-        with Image.open(path) as image:
-            _check_mode(path, image, ("1", "L", "LA", "P", "PA", "RGB", "RGBA"))
-            if size is not None and min(image.size) < SMALLEST:
-                raise ImageError(
-                    f"{path}: {image.width}×{image.height} pixels are too small; each side takes {SMALLEST} or more."
-                )
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            if size is not None and image.size != (size[1], size[0]):
-                image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-            return np.array(image).transpose(2, 0, 1)
-    except ImageError:
-        raise
-    except UNREADABLE as error:
-        raise ImageError(f"{path}: cannot be read as an image ({error}). Replace or remove the file.") from error
+    with _opened(path, "an image") as image:
+        if size is not None and min(image.size) < SMALLEST:
+            raise ImageError(
+                f"{path}: {image.width}×{image.height} pixels are too small; each side takes {SMALLEST} or more."
+            )
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        if size is not None and image.size != (size[1], size[0]):
+            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        return np.array(image).transpose(2, 0, 1)
 
 
 def image_size(path: str | Path) -> Size:
@@ -104,14 +102,21 @@ def image_size(path: str | Path) -> Size:
 
     Raises `ImageError` if it is no image, or of a mode that `read_image` refuses.
     """
+    with _opened(path, "an image") as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(path: str | Path, what: str, modes: tuple[str, ...] = MODES) -> Iterator[Image.Image]:
+    """Yield an image file of a supported mode, opened; what fails in opening or decoding it is an `ImageError`."""
     try:
         with Image.open(path) as image:
-            _check_mode(path, image, ("1", "L", "LA", "P", "PA", "RGB", "RGBA"))
-            return image.height, image.width
+            _check_mode(path, image, modes)
+            yield image
     except ImageError:
         raise
     except UNREADABLE as error:
-        raise ImageError(f"{path}: cannot be read as an image ({error}). Replace or remove the file.") from error
+        raise ImageError(f"{path}: cannot be read as {what} ({error}). Replace or remove the file.") from error
 
 
 def _check_mode(path: str | Path, image: Image.Image, modes: tuple[str, ...]) -> None:
@@ -127,14 +132,8 @@ def read_mask(path: str | Path, shape: Size | None = None) -> np.ndarray:
 
     Returns bool [H, W]. Raises `ImageError` if it cannot be read or is not of `shape`.
     """
-    try:
-        with Image.open(path) as image:
-            _check_mode(path, image, ("1", "L", "LA", "P", "RGB", "RGBA"))
-            mask = np.asarray(image if image.mode in ("1", "L") else image.convert("L"))
-    except ImageError:
-        raise
-    except UNREADABLE as error:
-        raise ImageError(f"{path}: cannot be read as a mask ({error}). Replace or remove the file.") from error
+    with _opened(path, "a mask", tuple(mode for mode in MODES if mode != "PA")) as image:
+        mask = np.asarray(image if image.mode in ("1", "L") else image.convert("L"))
     if shape is not None and mask.shape != tuple(shape):
         raise ImageError(f"{path}: mask of {mask.shape}, its image has {tuple(shape)}. A mask must match its image.")
     return mask if mask.dtype == bool else mask >= 128

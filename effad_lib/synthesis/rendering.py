@@ -8,6 +8,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
+from effad_lib.images import SMALLEST
 from effad_lib.synthesis.defects import DEFECTS, Defect
 from effad_lib.synthesis.photographs import Photograph, SecondExposure, photograph
 from effad_lib.synthesis.products import PRODUCTS
@@ -15,8 +16,6 @@ from effad_lib.synthesis.scene import REACH, Camera, Canvas, Item, Scene, Synthe
 
 # A pixel belongs to the mask where a defect changes any colour channel by more than this, before noise.
 TOLERANCE = 2 / 255
-
-SMALLEST = 64
 
 
 @dataclass(frozen=True)

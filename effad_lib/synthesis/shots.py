@@ -9,11 +9,10 @@ from zlib import crc32
 
 import numpy as np
 
-from effad_lib.images import find_images, image_size, read_image
+from effad_lib.images import SMALLEST, find_images, image_size, read_image
 from effad_lib.runs import resolve
 from effad_lib.settings import Settings
 from effad_lib.synthesis.rendering import (
-    SMALLEST,
     SyntheticImage,
     check_name,
     check_product,
