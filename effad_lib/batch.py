@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from effad_lib.distillation import DistillationSettings, load_teacher
 from effad_lib.images import packaged_photographs
 from effad_lib.profiles import NOTEBOOKS, Step, from_project, load_profile, notebook_parameters
+from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, write_text
 from effad_lib.training import TrainingSettings
 
@@ -184,7 +184,7 @@ def _ticking(title: str, step: Step) -> Iterator[None]:
     """Show on a terminal that a notebook is running, a training with the steps that its history has reached."""
     over = threading.Event()
     steps = step.settings.steps if isinstance(step.settings, TrainingSettings) else None
-    bar = tqdm(total=steps, desc=title, leave=False, disable=None, bar_format=None if steps else "{desc} {elapsed}")
+    bar = progress(total=steps, desc=title, leave=False, disable=None, bar_format=None if steps else "{desc} {elapsed}")
 
     def tick() -> None:
         while not over.wait(1.0):

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from effad_lib import plots
 from effad_lib.detector import EfficientAD
 from effad_lib.images import ImageError, find_images, read_image, read_mask, to_float
+from effad_lib.progress import progress
 from effad_lib.runs import write_bytes, write_text
 from effad_lib.settings import SettingsError
 
@@ -49,11 +49,12 @@ def detect(
     scale = plots.heat_scale([], max(detector.threshold, 0.1))
     rows = []
     try:
-        for name, path in tqdm(found.items(), desc="detecting", unit="image"):
+        bar = progress(found.items(), desc="detecting", unit="image")
+        for name, path in bar:
             try:
                 score = _detect_one(detector, path, name, out, truths.get(_key(name)), scale, save_maps)
             except ImageError as error:
-                tqdm.write(f"left out: {error}", file=sys.stderr)
+                bar.write(f"left out: {error}", file=sys.stderr)
                 rows.append((name.as_posix(), None, detector.threshold, "", str(error)))
                 continue
             decision = "defective" if score > detector.threshold else "good"

@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+
+from effad_lib.progress import progress
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -151,7 +152,7 @@ def load_images(paths: Sequence[str | Path], size: Size, *, description: str = "
         images[index] = torch.from_numpy(read_image(paths[index], size))
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for _ in tqdm(pool.map(read, range(len(paths))), total=len(paths), desc=description, leave=False):
+        for _ in progress(pool.map(read, range(len(paths))), total=len(paths), desc=description, leave=False):
             pass
     return images
 

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from effad_lib.backbones import Backbone, load_backbone
 from effad_lib.datasets import Split, verify
@@ -20,6 +19,7 @@ from effad_lib.distillation import channel_statistics, load_teacher, teacher_fil
 from effad_lib.evaluation import evaluate
 from effad_lib.images import Size, check_size, load_images, to_float
 from effad_lib.networks import PDN, PDN_LAYERS, Normalise, initialise
+from effad_lib.progress import progress
 from effad_lib.runs import write_json
 from effad_lib.settings import SettingsError
 
@@ -55,7 +55,7 @@ class NearestNeighbours(nn.Module):
         drawn = []
 
         def batches():
-            for batch in tqdm(images.split(8), desc="features of good images", leave=False):
+            for batch in progress(images.split(8), desc="features of good images", leave=False):
                 features = extractor(to_float(batch))
                 rows = features.permute(0, 2, 3, 1).flatten(1, 2)
                 for image in rows:
@@ -106,7 +106,7 @@ def spread_out(rows: Tensor, count: int, generator: torch.Generator, dimensions:
     chosen = torch.empty(count, dtype=torch.long, device=rows.device)
     nearest = torch.full((len(points),), float("inf"), device=rows.device)
     last = torch.zeros((), dtype=torch.long, device=rows.device)
-    for index in tqdm(range(count), desc="choosing a bank", leave=False):
+    for index in progress(range(count), desc="choosing a bank", leave=False):
         chosen[index] = last
         distances = torch.addmv(norms + norms[last], points, points[last], alpha=-2)  # |p|² + |q|² − 2 p·q
         nearest = torch.minimum(nearest, distances)
@@ -201,7 +201,7 @@ def compare(
         verify(split)
     found: dict[tuple[str, str], dict[str, float]] = {}
     pairs = [(name, split) for split in splits for name in networks]
-    for name, split in tqdm(pairs, desc="probing"):
+    for name, split in progress(pairs, desc="probing"):
         for metric, value in probe(networks[name], split, image_size, bank=bank, seed=seed).items():
             if value is not None:
                 found.setdefault((METRICS[metric], split.name), {})[name] = value

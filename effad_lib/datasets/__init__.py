@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from effad_lib.datasets import elpv, synthetic  # noqa: F401  (each registers its data sets)
 from effad_lib.datasets.folders import MVTEC_AD
 from effad_lib.datasets.split import (
@@ -25,6 +23,7 @@ from effad_lib.datasets.split import (
     register,
 )
 from effad_lib.images import ImageError, read_image, read_mask
+from effad_lib.progress import progress
 from effad_lib.runs import resolve
 from effad_lib.settings import nearest
 
@@ -99,8 +98,8 @@ def verify_masks(split: Split) -> None:
 
 def _raise_faults(split: Split, samples: list[Sample], fault: Callable[[Sample], str | None]) -> None:
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        progress = tqdm(pool.map(fault, samples), total=len(samples), desc="checking images", leave=False)
-        faults = [found for found in progress if found]
+        bar = progress(pool.map(fault, samples), total=len(samples), desc="checking images", leave=False)
+        faults = [found for found in bar if found]
     if faults:
         raise DatasetError(f"{split.name}: {len(faults)} of {len(samples)} samples are faulty.{listed(faults)}")
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from effad_lib.backbones import file_sha256, load_backbone, weights_file
 from effad_lib.distillation.muon import Muon
@@ -24,6 +23,7 @@ from effad_lib.distillation.targets import Views, channel_statistics, fit_initia
 from effad_lib.distillation.teachers import save_teacher
 from effad_lib.images import NaturalImages
 from effad_lib.networks import PDN
+from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, resolve
 from effad_lib.settings import PRECISIONS, SettingsError, pick_device
 
@@ -139,7 +139,9 @@ class Distiller:
         with (
             finish_step_on_interrupt() as interrupted,
             _board(self.run, self.step, first) as write,
-            tqdm(initial=self.step, total=settings.steps, desc=f"distilling {settings.size}", disable=not first) as bar,
+            progress(
+                initial=self.step, total=settings.steps, desc=f"distilling {settings.size}", disable=not first
+            ) as bar,
         ):
             for large, drawn in self._batches():
                 waited += time.monotonic() - asked
@@ -152,7 +154,7 @@ class Distiller:
                     write("distillation/loss", value, self.step)
                     write("distillation/seconds_waited_for_images", waited, self.step)
                     waited = 0.0
-                    bar.set_postfix(loss=f"{value:.3f}")
+                    bar.set_postfix(loss=f"{value:.3f}", refresh=False)
                 self.seconds = time.monotonic() - began
                 due = time.monotonic() - saved > settings.checkpoint_seconds
                 together = self.processes.count == 1 or self.step % LOG_EVERY == 0 or last  # asking the others waits
@@ -291,5 +293,5 @@ def _target_statistics(views: Views, settings: DistillationSettings, device: tor
     sizes = [settings.batch_size] * (settings.statistics_images // settings.batch_size)
     sizes += [settings.statistics_images % settings.batch_size] * (settings.statistics_images % settings.batch_size > 0)
     return channel_statistics(
-        views.draw(size, generator, device)[1] for size in tqdm(sizes, desc="backbone statistics", leave=False)
+        views.draw(size, generator, device)[1] for size in progress(sizes, desc="backbone statistics", leave=False)
     )

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from effad_lib.datasets import Sample
 from effad_lib.detector import EfficientAD
 from effad_lib.images import Size, load_images, to_float
+from effad_lib.progress import progress
 
 
 def brightness_scores(samples: Sequence[Sample], normal: Sequence[Sample], size: Size = (64, 64)) -> np.ndarray:
@@ -36,7 +36,7 @@ def blind_scores(detector: EfficientAD, samples: Sequence[Sample], *, batch_size
     images = load_images([sample.image for sample in samples], detector.image_size)
     scores = []
     with torch.inference_mode():
-        for batch in tqdm(images.split(batch_size), desc="teacher alone", leave=False):
+        for batch in progress(images.split(batch_size), desc="teacher alone", leave=False):
             features = detector.teacher_features(detector.normalise(to_float(batch.to(detector.device))))
             scores.append(features.square().mean(dim=1).amax(dim=(1, 2)).cpu())
     return torch.cat(scores).numpy()

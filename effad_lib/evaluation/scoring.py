@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from effad_lib.datasets import Sample
 from effad_lib.detector import AnomalyMaps, EfficientAD
 from effad_lib.evaluation.result import MAP_NAMES, Evaluation
 from effad_lib.images import ImageError, Size, read_image, read_mask, to_float
+from effad_lib.progress import progress
 
 
 class EvaluationError(ValueError):
@@ -37,7 +37,7 @@ def evaluate(detector: EfficientAD, samples: Sequence[Sample], *, batch_size: in
     detector.eval()
     try:
         with torch.inference_mode():
-            for start in tqdm(range(0, len(kept), batch_size), desc="evaluating", unit="batch", leave=False):
+            for start in progress(range(0, len(kept), batch_size), desc="evaluating", unit="batch", leave=False):
                 batch = slice(start, start + batch_size)
                 found = detector(to_float(images[batch].to(device)))
                 scores[batch] = found.score.cpu().numpy()
@@ -67,8 +67,8 @@ def _read(samples: Sequence[Sample], size: Size) -> tuple[torch.Tensor, list[Sam
     images = torch.empty((len(samples), 3, *size), dtype=torch.uint8)
     kept, sizes, skipped = [], [], []
     with ThreadPoolExecutor() as pool:
-        progress = tqdm(pool.map(read, samples), total=len(samples), desc="reading images", leave=False)
-        for sample, result in zip(samples, progress, strict=True):
+        bar = progress(pool.map(read, samples), total=len(samples), desc="reading images", leave=False)
+        for sample, result in zip(samples, bar, strict=True):
             if isinstance(result, ImageError):
                 skipped.append(str(result))
                 continue

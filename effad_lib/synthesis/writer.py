@@ -17,9 +17,9 @@ from typing import TypeVar
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 from effad_lib.images import read_image
+from effad_lib.progress import progress
 from effad_lib.runs import write_json
 from effad_lib.synthesis.rendering import TOLERANCE, SyntheticImage
 from effad_lib.synthesis.scene import SynthesisError
@@ -144,7 +144,7 @@ def _all(
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         with _pool(workers) as pool:
             made = pool.map(make, plan, chunksize=4) if pool else map(make, plan)
-            return list(tqdm(made, total=len(plan), desc=description, unit="image", leave=False))
+            return list(progress(made, total=len(plan), desc=description, unit="image", leave=False))
 
 
 @contextmanager

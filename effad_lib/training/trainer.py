@@ -9,13 +9,13 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from effad_lib import losses
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import channel_statistics
 from effad_lib.images import NaturalImages, augment_colour, to_float
 from effad_lib.networks import initialise
+from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
 from effad_lib.settings import PRECISIONS
 from effad_lib.training.settings import TrainingSettings
@@ -67,7 +67,7 @@ class Trainer:
     @torch.inference_mode()
     def _measure_teacher(self) -> None:
         """Set mean and deviation of the teacher's channels over the training images (Algorithm 1, line 3 ff.)."""
-        batches = tqdm(self.images.split(8), desc="teacher statistics", leave=False)
+        batches = progress(self.images.split(8), desc="teacher statistics", leave=False)
         mean, deviation = channel_statistics(
             self.detector.teacher(self.detector.normalise(to_float(batch))) for batch in batches
         )
@@ -81,7 +81,7 @@ class Trainer:
         if first.nbytes * len(self.images) > self.settings.cache_gb * 2**30:
             return None
         cache = first.new_empty((len(self.images), *first.shape[1:]))
-        for start in tqdm(range(0, len(self.images), 8), desc="teacher features", leave=False):
+        for start in progress(range(0, len(self.images), 8), desc="teacher features", leave=False):
             batch = to_float(self.images[start : start + 8])
             cache[start : start + 8] = self.detector.teacher_features(self.detector.normalise(batch))
         return cache
@@ -94,7 +94,7 @@ class Trainer:
         with (
             finish_step_on_interrupt() as interrupted,
             SummaryWriter(self.run.folder / "tensorboard", purge_step=self.step + 1) as board,
-            tqdm(initial=self.step, total=settings.steps, desc=f"training {settings.size}", unit="step") as bar,
+            progress(initial=self.step, total=settings.steps, desc=f"training {settings.size}", unit="step") as bar,
         ):
             while self.step < settings.steps and not self.patience_is_over:
                 terms = self.train_step()
@@ -102,7 +102,8 @@ class Trainer:
                 bar.update()
                 last = self.step == settings.steps
                 if self.step % 10 == 0 or last:
-                    bar.set_postfix({name: f"{float(value):.3f}" for name, value in terms._asdict().items()})
+                    now = {name: f"{float(value):.3f}" for name, value in terms._asdict().items()}
+                    bar.set_postfix(now, refresh=False)
                 validated = self.step % settings.validate_every == 0 or last
                 self.seconds = time.monotonic() - began
                 if validated:
