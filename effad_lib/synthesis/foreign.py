@@ -59,7 +59,7 @@ def interruption(item: Item, rng: Generator, severity: float) -> Scene:
     worn = _worn(here, patch, rng)
     # A part's displaced copy would be half a part more. Where a texture is even, a shifted one does not show.
     moved = [] if item.parts else [_seen_from(item, patch, pose, worn) for pose in (turned, shifted)]
-    seen = [worn, *(other for other in moved if _change(here, other, share) > 0.035)]
+    seen = [worn, *(other for other in moved if _change(here, other, share) > 0.045)]
     other = seen[rng.integers(len(seen))]
     share = severity * share
     return patch.paste(
@@ -85,7 +85,9 @@ def _worn(here: Scene, patch: Patch, rng: Generator) -> Scene:
 
     fine = grain(rng, patch, 0.7, 0.7)
     albedo = np.stack([rub(channel) for channel in here.albedo])
-    bare = np.clip(0.34 + 0.10 * cloud(rng, patch, 0.07, 3), 0, 1)
+    # The less it differs from what is on it, the more of it must be bare to show.
+    depth = float(np.clip(0.15 / np.abs(here.under - albedo).mean(), 0.34, 0.65))
+    bare = np.clip(depth + 0.10 * cloud(rng, patch, 0.07, 3), 0, 1)
     return replace(
         here,
         albedo=mix(albedo, here.under, bare) * (1 + 0.035 * fine),

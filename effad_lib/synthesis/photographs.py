@@ -27,6 +27,7 @@ from effad_lib.synthesis.scene import (
     mix,
     norm,
     smoothstep,
+    white,
 )
 
 
@@ -78,7 +79,7 @@ class SecondExposure(Camera):
         # What is grey stays grey: a colour would give the defect away, and no camera that made it could see one.
         self.grey = bool(np.ptp(self.photograph, axis=0).max() == 0)
         planes = 1 if self.grey else 3
-        self.noise = rng.standard_normal((planes, *self.canvas.shape), dtype=np.float32) * deviation
+        self.noise = white(rng, (planes, *self.canvas.shape)) * deviation
         self.before = super().expose(item.scene)
 
     def expose(self, scene: Scene, window: Window = WHOLE) -> Array:

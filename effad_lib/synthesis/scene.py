@@ -4,6 +4,7 @@ Lengths are in units of half the image's short side (the canvas spans [-1, 1] al
 the same at any size); colours are display values in [0, 1]; heights are in pixels, for shading only.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -155,12 +156,27 @@ def smoothstep(t: Array) -> Array:
 
 def mix(a: Array, b: Array, share: Array) -> Array:
     """Blend colours `a` -> `b`, [3, H, W] or [3, 1, 1], by `share` [H, W]."""
-    return a + (b - a) * share
+    blend = (b - a) * share
+    blend += a
+    return blend
 
 
 def colour(*rgb: float) -> Array:
     """Return a colour, red, green and blue in [0, 1], that broadcasts to an albedo: [3, 1, 1]."""
     return np.array(rgb, np.float32)[:, None, None]
+
+
+def white(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """White noise of unit deviation: sums of eight random bytes, near to normal up to 4.9 and twice as fast."""
+    count = math.prod(shape)
+    drawn = rng.integers(2**64, size=count, dtype=np.uint64).view(np.uint8).reshape(8, count)
+    total = drawn[0].astype(np.uint16)
+    for more in drawn[1:]:
+        total += more
+    noise = total.astype(np.float32)
+    noise -= 8 * 255 / 2
+    noise *= np.float32((12 / (8 * (256**2 - 1))) ** 0.5)
+    return noise.reshape(shape)
 
 
 def cloud(rng: np.random.Generator, canvas: Canvas, cell: float, octaves: int = 1) -> Array:
@@ -173,7 +189,9 @@ def cloud(rng: np.random.Generator, canvas: Canvas, cell: float, octaves: int = 
         # Four terms, not a matrix product: its order of summation may change with the number of threads.
         nodes = sum(along[k] * nodes[:, columns + k] for k in range(4)) * np.float32(2.1 * 0.5**octave)
         for k in range(4):
-            total += down[k][:, None] * nodes[rows + k]
+            lines = nodes[rows + k]
+            lines *= down[k][:, None]
+            total += lines
     return total
 
 
@@ -190,7 +208,7 @@ def _spline(length: int, step: float) -> tuple[Array, Array]:
 def grain(rng: np.random.Generator, canvas: Canvas, along: float, across: float, angle: float = 0.0) -> Array:
     """Gaussian noise [H, W] of unit deviation, `along` x `across` pixels in size, its long axis turned by `angle`."""
     rows, columns = (fft.next_fast_len(length, real=True) for length in canvas.shape)
-    noise = fft.rfft2(rng.standard_normal((rows, columns), dtype=np.float32))
+    noise = fft.rfft2(white(rng, (rows, columns)), overwrite_x=True)
     noise *= _blur(rows, columns, float(along), float(across), float(angle))
     noise = fft.irfft2(noise, s=(rows, columns), overwrite_x=True)[: canvas.height, : canvas.width]
     return noise / noise.std()
@@ -247,7 +265,8 @@ class Camera:
         self.tint = colour(*rng.normal(1, 0.006, 3))
         self.softness = np.float32(rng.uniform(0.12, 0.17))
         deviation = rng.uniform(1.2, 2.2) / 255
-        self.noise = rng.standard_normal((3, *canvas.shape), dtype=np.float32) * np.float32(deviation)
+        self.noise = white(rng, (3, *canvas.shape))
+        self.noise *= np.float32(deviation)
 
     def expose(self, scene: Scene, window: Window = WHOLE) -> Array:
         """The scene lit and seen through the lens, without noise: float32 [3, h, w] in [0, 1] of that window.

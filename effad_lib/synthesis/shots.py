@@ -29,7 +29,7 @@ from effad_lib.synthesis.scene import SynthesisError
 FEWEST_GOOD = 13
 """Good images that a detector needs: ten to train on and three held out."""
 
-DRAWING = 1
+DRAWING = 2
 """Raised with every change of what is drawn for a seed: data sets of another number are not taken for the same."""
 
 
