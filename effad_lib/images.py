@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import util
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +44,11 @@ class ImageError(ValueError):
 
 
 def check_size(size: Sequence[int]) -> Size:
-    """Return `size` as (height, width). Raises `ImageError` unless both are at least 64 pixels."""
-    if len(size) != 2 or min(size) < SMALLEST:
-        raise ImageError(f"image size {tuple(size)}: takes height and width, each at least {SMALLEST} pixels.")
-    return int(size[0]), int(size[1])
+    """Return `size` as (height, width). Raises `ImageError` unless both are whole numbers of at least 64 pixels."""
+    pair = tuple(size) if isinstance(size, Sequence) else ()
+    if len(pair) != 2 or not all(isinstance(length, Integral) and length >= SMALLEST for length in pair):
+        raise ImageError(f"image size {size!r}: takes height and width, whole numbers of at least {SMALLEST} pixels.")
+    return int(pair[0]), int(pair[1])
 
 
 def find_images(folder: str | Path) -> list[Path]:

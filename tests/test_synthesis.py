@@ -7,6 +7,7 @@ import pytest
 from scipy import ndimage
 
 from effad_lib import synthesis
+from effad_lib.images import ImageError
 from effad_lib.synthesis import (
     DEFAULT_PRODUCT,
     DEFECTS,
@@ -167,14 +168,14 @@ def test_a_new_product_and_a_new_defect_are_one_function_each(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("gaskt",), r"product 'gaskt'.*Did you mean 'gasket'\?.*Known: .*board"),
+        (("gaskt",), r"product 'gaskt': known are .*board.*Did you mean 'gasket'\?"),
         (("metal", "scrach"), r"defect 'scrach' of metal.*Did you mean 'scratch'\?"),
-        (("metal", "missing"), r"defect 'missing' of metal.*Known: good, .*scratch"),
+        (("metal", "missing"), r"defect 'missing' of metal: known are .*good, .*scratch"),
         (("metal", "scratch", {"severity": 0}), r"severity is 0; .*above 0"),
         (("metal", "scratch", {"severity": 1.01}), r"severity is 1.01; .*at most 1"),
         (("metal", "scratch", {"severity": float("nan")}), r"severity is nan"),
-        (("metal", "good", {"size": (64, 63)}), r"size is \(64, 63\); .*at least 64"),
-        (("metal", "good", {"size": 256}), r"size is 256; .*\(height, width\)"),
+        (("metal", "good", {"size": (64, 63)}), r"size \(64, 63\): .*at least 64"),
+        (("metal", "good", {"size": 256}), r"size 256: .*height and width"),
         (("metal", "good", {"seed": -1}), r"seed is -1"),
     ],
     ids=lambda value: None,
@@ -182,5 +183,5 @@ def test_a_new_product_and_a_new_defect_are_one_function_each(monkeypatch):
 def test_render_refuses(arguments, message):
     names = [value for value in arguments if isinstance(value, str)]
     settings = arguments[-1] if isinstance(arguments[-1], dict) else {}
-    with pytest.raises(SynthesisError, match=message):
+    with pytest.raises((SynthesisError, ImageError), match=message):
         render(*names, **settings)

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 
 import numpy as np
 
-from effad_lib.images import SMALLEST
+from effad_lib.images import SMALLEST, check_size
+from effad_lib.settings import nearest
 from effad_lib.synthesis.defects import DEFECTS, Defect
 from effad_lib.synthesis.photographs import Photograph, SecondExposure, photograph
 from effad_lib.synthesis.products import PRODUCTS
@@ -86,16 +86,17 @@ def render(
     be empty) to obvious; place and shape follow from `seed` and `size`, holes and chips also grow. The mask is True
     where the defect changes a colour channel by more than `TOLERANCE` before noise; that of parts out of place covers
     their old and their new place.
-    The good twin equals `render(product, size=size, seed=seed).image`. Raises SynthesisError.
+    The good twin equals `render(product, size=size, seed=seed).image`. Raises `SynthesisError` or, for a size,
+    `ImageError`.
     """
     check_product(product)
     if defect != "good":
         check_name("defect", defect, ["good", *defect_names(product)], f" of {product}")
-    check_size(size)
+    size = check_size(size)
     check_severity(severity)
     check_seed(seed)
 
-    canvas = Canvas(*(int(length) for length in size))
+    canvas = Canvas(*size)
     piece, shot, damage = _streams(seed)
     item = PRODUCTS[product](canvas, piece)
     image, mask, twin = _shoot(item, Camera(canvas, shot), defect, damage, severity)
@@ -106,7 +107,8 @@ def damage(picture: np.ndarray, defect: str, *, seed: int = 0, severity: float =
     """Put a defect on a good photograph, uint8 [H, W, 3] of at least 64 pixels a side, with its exact mask.
 
     The defects are those of `photograph_defects`; `severity` and mask as in `render`. The good twin is the photograph
-    itself. Defects lie on what stands out from an even ground, or anywhere. Raises SynthesisError.
+    itself. Defects lie on what stands out from an even ground, or anywhere.
+    Raises `SynthesisError` or, for a size, `ImageError`.
     """
     item = _checked_photograph(picture)
     check_name("defect", defect, _able(item), " of this photograph")
@@ -161,25 +163,13 @@ def _windows(good: Scene, bad: Scene) -> tuple[Window, Window]:
 def check_name(what: str, name: str, known: Iterable[str], of: str = "") -> None:
     """Raise SynthesisError, naming the nearest known name, unless `name` is known."""
     known = list(known)
-    if name in known:
-        return
-    nearest = get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise SynthesisError(f"Unknown {what} {name!r}{of}.{hint} Known: {', '.join(known)}.")
+    if name not in known:
+        raise SynthesisError(f"unknown {what} {name!r}{of}: {nearest(name, known)}")
 
 
 def check_product(product: str) -> None:
     """Raise SynthesisError unless there is such a product; the message lists the known ones."""
     check_name("product", product, PRODUCTS)
-
-
-def check_size(size: tuple[int, int]) -> None:
-    """Raise SynthesisError unless `size` is (height, width), whole numbers of at least 64 pixels."""
-    pair = tuple(size) if isinstance(size, tuple | list) else ()
-    if len(pair) != 2 or not all(isinstance(length, Integral) and length >= SMALLEST for length in pair):
-        raise SynthesisError(
-            f"size is {size!r}; it must be (height, width), two whole numbers of at least {SMALLEST} pixels."
-        )
 
 
 def check_severity(severity: float) -> None:

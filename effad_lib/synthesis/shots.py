@@ -9,7 +9,7 @@ from zlib import crc32
 
 import numpy as np
 
-from effad_lib.images import SMALLEST, find_images, image_size, read_image
+from effad_lib.images import SMALLEST, check_size, find_images, image_size, read_image
 from effad_lib.runs import resolve
 from effad_lib.settings import Settings
 from effad_lib.synthesis.rendering import (
@@ -18,7 +18,6 @@ from effad_lib.synthesis.rendering import (
     check_product,
     check_seed,
     check_severity,
-    check_size,
     damage,
     defect_names,
     photograph_defects,
