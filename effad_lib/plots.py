@@ -23,6 +23,9 @@ from sklearn.metrics import auc, roc_curve
 WIDTH = 9.0
 """Width of a figure in inches."""
 
+MOST_COLUMNS = 8
+"""Of a gallery with maps: more would be too small to see a defect in."""
+
 HEAT = "inferno"
 """Perceptually uniform, and readable without colour vision and in print."""
 
@@ -71,7 +74,7 @@ def plot_heatmaps(
     scale: Scale,
     threshold: float | None = None,
 ) -> Figure:
-    """Images side by side; below each its ground truth and its anomaly maps, all maps on one scale.
+    """Images side by side, below each its ground truth and its anomaly maps, all maps on one scale; many in blocks.
 
     images as in `plot_images`; masks bool [H, W] or None, [] leaves their row out; maps: for each row its name and a
     map [H, W] for each image; scale: the values drawn darkest and brightest, beyond which colours saturate, as
@@ -83,19 +86,25 @@ def plot_heatmaps(
     shown = [_picture(image) for image in images]
     pictures = ["image", "ground truth"] if len(masks) else ["image"]
     names = [*pictures, *maps]
-    figsize = (WIDTH, len(names) * _row_height(shown[0], max(count, 4) + 1.1, gap=0.07) + 0.2)
-    fig, axes = plt.subplots(len(names), count, figsize=figsize, squeeze=False, subplot_kw=BARE, layout="compressed")
-    for column, image in enumerate(shown):
-        for ax in axes[: len(pictures), column]:
+    blocks = -(-count // MOST_COLUMNS)
+    columns, rows = -(-count // blocks), blocks * len(names)
+    figsize = (WIDTH, rows * _row_height(shown[0], max(columns, 4) + 1.1, gap=0.07) + 0.2)
+    fig, axes = plt.subplots(rows, columns, figsize=figsize, squeeze=False, subplot_kw=BARE, layout="compressed")
+    for index, image in enumerate(shown):
+        block, column = divmod(index, columns)
+        cells = axes[block * len(names) : (block + 1) * len(names), column]
+        for ax in cells[: len(pictures)]:
             ax.imshow(image)
         if len(masks):
-            _outline(axes[1, column], masks[column], image.shape)
-        for ax, values in zip(axes[len(pictures) :, column], maps.values(), strict=True):
-            ax.imshow(np.asarray(values[column]), cmap=HEAT, norm=norm, extent=_extent(image))
+            _outline(cells[1], masks[index], image.shape)
+        for ax, values in zip(cells[len(pictures) :], maps.values(), strict=True):
+            ax.imshow(np.asarray(values[index]), cmap=HEAT, norm=norm, extent=_extent(image))
         if len(titles):
-            axes[0, column].set_title(titles[column], fontsize=9)
-    for ax, name in zip(axes[:, 0], names, strict=True):
+            cells[0].set_title(titles[index], fontsize=9)
+    for ax, name in zip(axes[:, 0], names * blocks, strict=True):
         ax.set_ylabel(name, fontsize=9)
+    for ax in axes[-len(names) :, 1 + (count - 1) % columns :].flat:
+        ax.set_visible(False)
     _heat_bar(fig, axes[-1, 0].images[0], list(axes.flat), threshold)
     return fig
 

@@ -91,6 +91,19 @@ def test_heatmaps_share_one_scale_whatever_their_range(images, mask):
     render(fig)
 
 
+def test_many_heatmaps_stand_in_blocks(images):
+    maps = [np.full((32, 48), float(k)) for k in range(9)]
+    fig = plots.plot_heatmaps(
+        list(images[:1]) * 9, [], {"combined": maps}, [f"no. {k}" for k in range(9)], scale=(0, 9)
+    )
+    grid = np.array(fig.axes[:-1]).reshape(4, 5)  # images and maps of five, then of four
+    assert [ax.get_title() for ax in grid[[0, 2]].flat if ax.get_title()] == [f"no. {k}" for k in range(9)]
+    drawn = [ax.images[0].get_array() for ax in grid[[1, 3]].flat if ax.images]
+    assert all(np.array_equal(heat, values) for heat, values in zip(drawn, maps, strict=True))
+    assert [ax.get_visible() for ax in grid[2:, -1]] == [False, False]
+    render(fig)
+
+
 def test_heatmaps_refuse_what_does_not_fit(images):
     heat = np.zeros((32, 48))
     with pytest.raises(ValueError, match="colour scale"):
