@@ -17,6 +17,7 @@ from effad_lib.synthesis import (
     defect_names,
     product_names,
     render,
+    scene,
 )
 
 PAIRS = [(product, defect) for product in product_names() for defect in defect_names(product)]
@@ -26,6 +27,17 @@ SMALL = (96, 96)
 def difference(shot):
     """Largest change of a colour channel, int [H, W]."""
     return np.abs(shot.image.astype(int) - shot.good_twin).max(axis=2)
+
+
+def test_white_noise_is_white_and_nearly_normal():
+    noise = scene.white(np.random.default_rng(0), (400, 500))
+    assert noise.dtype == np.float32 and noise.shape == (400, 500)
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    for level, beyond in ((1, 0.3173), (2, 0.0455), (3, 0.0027)):  # of a normal distribution
+        assert (np.abs(noise) > level).mean() == pytest.approx(beyond, abs=0.005 / level)
+    for lag in (1, 250, 499):
+        assert abs((noise[:, lag:] * noise[:, :-lag]).mean()) < 0.05
+    assert abs((noise[1:] * noise[:-1]).mean()) < 0.01
 
 
 def test_names():

@@ -86,7 +86,8 @@ def _worn(here: Scene, patch: Patch, rng: Generator) -> Scene:
     fine = grain(rng, patch, 0.7, 0.7)
     albedo = np.stack([rub(channel) for channel in here.albedo])
     # The less it differs from what is on it, the more of it must be bare to show.
-    depth = float(np.clip(0.15 / np.abs(here.under - albedo).mean(), 0.34, 0.65))
+    contrast = max(float(np.abs(here.under - albedo).mean()), 1e-3)
+    depth = min(max(0.15 / contrast, 0.34), 0.65)
     bare = np.clip(depth + 0.10 * cloud(rng, patch, 0.07, 3), 0, 1)
     return replace(
         here,
