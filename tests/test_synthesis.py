@@ -33,10 +33,11 @@ def test_white_noise_is_white_and_nearly_normal():
     noise = scene.white(np.random.default_rng(0), (400, 500))
     assert noise.dtype == np.float32 and noise.shape == (400, 500)
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
-    for level, beyond in ((1, 0.3173), (2, 0.0455), (3, 0.0027)):  # of a normal distribution
-        assert (np.abs(noise) > level).mean() == pytest.approx(beyond, abs=0.005 / level)
-    for lag in (1, 250, 499):
-        assert abs((noise[:, lag:] * noise[:, :-lag]).mean()) < 0.05
+    for level, beyond in ((1, 0.3173), (2, 0.0455)):  # of a normal distribution
+        assert (np.abs(noise) > level).mean() == pytest.approx(beyond, rel=0.1)
+    assert np.abs(noise).max() > 3.5
+    for lag in (1, 2, 250):
+        assert abs((noise[:, lag:] * noise[:, :-lag]).mean()) < 0.02
     assert abs((noise[1:] * noise[:-1]).mean()) < 0.01
 
 
