@@ -102,7 +102,7 @@ def plot_heatmaps(
         if len(titles):
             cells[0].set_title(titles[index], fontsize=9)
     for ax, name in zip(axes[:, 0], names * blocks, strict=True):
-        ax.set_ylabel(name, fontsize=9)
+        ax.set_ylabel(name, fontsize=9 if columns < 6 else 7)  # no longer than its picture is tall
     for ax in axes[-len(names) :, 1 + (count - 1) % columns :].flat:
         ax.set_visible(False)
     _heat_bar(fig, axes[-1, 0].images[0], list(axes.flat), threshold)
