@@ -18,7 +18,7 @@ run: $(INSTALLED)
 	$(BIN)/effad run
 
 test: lint
-	$(BIN)/python -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=300
+	$(BIN)/python -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=900
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab notebooks
