@@ -1,5 +1,6 @@
 """A synthetic data set: on disk in the MVTec AD layout, or in memory."""
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -154,13 +155,22 @@ def _pool(workers: int) -> Iterator[Executor | None]:
         yield None
         return
     if sys.platform == "linux":
-        pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+        pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _keep_memory)
     else:
         pool = ThreadPoolExecutor(workers)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _keep_memory() -> None:
+    """Let this process keep the memory that it frees, until it ends: a fifth of the time went into fresh pages."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, others need not
+    if mallopt:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_trim_threshold, 1 << 30)
+        mallopt(m_mmap_threshold, 1 << 25)
 
 
 def _drawn(settings: SynthesisSettings, shot: Shot) -> tuple[dict, SyntheticImage]:
