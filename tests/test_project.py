@@ -141,6 +141,12 @@ def test_nothing_imports_upward(path):
             assert ROOMS.index(other) < ROOMS.index(own), f"{own} imports {other}, which is above it"
 
 
+def test_there_is_one_progress_bar():
+    """Another one, drawn ten times a second, would flood a notebook's front end."""
+    makers = [path.name for path in SOURCES if any(name.startswith("tqdm") for name in imports(ast.walk(code(path))))]
+    assert makers == ["progress.py"]
+
+
 def test_a_detector_starts_without_torchvision():
     """It takes half of the start, and only ResNets and the probe need it."""
     script = "import sys, effad_lib.detection, effad_lib.evaluation; print('torchvision' in sys.modules)"
