@@ -99,9 +99,8 @@ class Trainer:
             while self.step < settings.steps and not self.patience_is_over:
                 terms = self.train_step()
                 self.step += 1
-                bar.update()
                 last = self.step == settings.steps
-                if self.step % 10 == 0 or last:
+                if bar.update() or last:  # it was drawn; asking for the losses waits for the device
                     now = {name: f"{float(value):.3f}" for name, value in terms._asdict().items()}
                     bar.set_postfix(now, refresh=False)
                 validated = self.step % settings.validate_every == 0 or last
