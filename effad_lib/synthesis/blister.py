@@ -76,8 +76,9 @@ def blister(canvas: Canvas, rng: Generator) -> Item:
         albedo = mix(albedo, colour(0.95, 0.96, 0.97), rim * (1 - pills.cover) + glint)
         height = relief * (1 - pills.cover) + pills.height
         gloss = cover * (0.12 - 0.06 * inside) * (1 - pills.cover) + pills.gloss
-        under = mix(np.broadcast_to(colour(0.93, 0.93, 0.94), albedo.shape), pills.albedo * 0.62, pills.cover)
-        return Scene(albedo, height, gloss, cover, under)
+        return Scene(
+            albedo, height, gloss, cover, lambda: mix(colour(0.93, 0.93, 0.94), pills.albedo * 0.62, pills.cover)
+        )
 
     def room(x: Array, y: Array) -> Array:
         return np.minimum(WIDTH / 2 - np.abs(x), HEIGHT / 2 - np.abs(y)) - 0.02

@@ -101,8 +101,10 @@ def board(canvas: Canvas, rng: Generator) -> Item:
         free = 1 - layer.cover
         height = 1.2 * smoothstep(-edge / 0.03) * cover + relief * cover * free + layer.height
         gloss = cover * free * (0.05 + 0.16 * tin) + layer.gloss
-        under = mix(np.broadcast_to(colour(0.72, 0.60, 0.42), albedo.shape), layer.albedo * 0.6 + 0.38, layer.cover)
-        return Scene(mix(albedo, layer.albedo, layer.cover), height, gloss, cover, under)
+        albedo = mix(albedo, layer.albedo, layer.cover)
+        return Scene(
+            albedo, height, gloss, cover, lambda: mix(colour(0.72, 0.60, 0.42), layer.albedo * 0.6 + 0.38, layer.cover)
+        )
 
     return Item(canvas, paint, parts, pose, room=lambda x, y: HALF - 0.03 - np.maximum(np.abs(x), np.abs(y)))
 

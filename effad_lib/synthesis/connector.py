@@ -87,8 +87,7 @@ def connector(canvas: Canvas, rng: Generator) -> Item:
         height = relief * (1 - layer.cover) + layer.height
         gloss = 0.08 * cover * (1 - layer.cover) + layer.gloss * lit
         solid = np.maximum(cover, layer.cover)
-        under = mix(gouged, layer.albedo * 0.5 + 0.42, layer.cover)
-        return Scene(albedo, height, gloss, solid, under)
+        return Scene(albedo, height, gloss, solid, lambda: mix(gouged, layer.albedo * 0.5 + 0.42, layer.cover))
 
     return Item(canvas, paint, parts, pose, lambda x, y: 0.95 - np.maximum(np.abs(x), np.abs(y)), arrange)
 

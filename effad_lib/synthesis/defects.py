@@ -77,9 +77,8 @@ class Patch(Canvas):
 
     def cut(self, scene: Scene) -> Scene:
         """The scene inside the patch."""
-        albedo, under = scene.albedo[:, *self.window], np.broadcast_to(scene.under, scene.albedo.shape)
         flat = (layer[self.window] for layer in (scene.height, scene.gloss, scene.surface))
-        return Scene(albedo, *flat, under[:, *self.window])
+        return Scene(scene.albedo[:, *self.window], *flat, lambda: scene.under[:, *self.window])
 
     def paste(self, scene: Scene, **painted: Array) -> Scene:
         """The scene with its layers of these names (`albedo`, `height`, `gloss`) painted anew inside the patch."""

@@ -99,16 +99,22 @@ class Part:
 class Scene:
     """What the camera sees: albedo [3, H, W], height [H, W], gloss and surface (each [H, W] in [0, 1]).
 
-    `surface` is where dirt and scratches can lie; `under` (broadcasts to albedo) is the colour a scratch lays bare;
-    `claimed` (bool [H, W]) adds to a defect's mask what belongs to it without changing in colour.
+    `surface` is where dirt and scratches can lie; `bared` (broadcasts to albedo, or a function that returns what does)
+    is the colour a scratch lays bare; `claimed` (bool [H, W]) adds to a defect's mask what belongs to it without
+    changing in colour.
     """
 
     albedo: Array
     height: Array
     gloss: Array
     surface: Array
-    under: Array
+    bared: Array | Callable[[], Array]
     claimed: Array | None = None
+
+    @cached_property
+    def under(self) -> Array:
+        """`bared` as [3, H, W], worked out only for the few defects that ask for it."""
+        return np.broadcast_to(self.bared() if callable(self.bared) else self.bared, self.albedo.shape)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def scratch(item: Item, rng: Generator, severity: float) -> Scene:
     depth = severity * contact * scene.surface
     return replace(
         scene,
-        albedo=mix(scene.albedo, np.broadcast_to(scene.under, scene.albedo.shape), 0.95 * cut * depth),
+        albedo=mix(scene.albedo, scene.under, 0.95 * cut * depth),
         height=scene.height - 0.5 * burr * depth,
         gloss=scene.gloss + 0.08 * cut * depth,
     )
