@@ -130,16 +130,31 @@ def _check_mode(path: str | Path, image: Image.Image, modes: tuple[str, ...]) ->
         raise ImageError(f"{path}: image mode {mode} is not supported. Save it as 8-bit RGB or 8-bit grey first.")
 
 
-def read_mask(path: str | Path, shape: Size | None = None) -> np.ndarray:
-    """Read a defect mask: True where the value is at least half of full scale, so interpolation halos do not count.
+def read_mask(path: str | Path, shape: Size | None = None, level: int = 128) -> np.ndarray:
+    """Read a defect mask: True where the value is at least `level`, half of full scale where halos do not count.
 
-    Returns bool [H, W]. Raises `ImageError` if it cannot be read or is not of `shape`.
+    `path` is a file, or a folder of masks of one image, whose union it is. Returns bool [H, W]. Raises `ImageError` as
+    `read_regions`.
     """
-    with _opened(path, "a mask", tuple(mode for mode in MODES if mode != "PA")) as image:
-        mask = np.asarray(image if image.mode in ("1", "L") else image.convert("L"))
-    if shape is not None and mask.shape != tuple(shape):
-        raise ImageError(f"{path}: mask of {mask.shape}, its image has {tuple(shape)}. A mask must match its image.")
-    return mask if mask.dtype == bool else mask >= 128
+    return (read_regions(path, shape) >= level).any(axis=0)
+
+
+def read_regions(path: str | Path, shape: Size | None = None) -> np.ndarray:
+    """Read the masks of one image with their values: a file, or all below a folder in the order of their names.
+
+    Returns uint8 [R, H, W], palette and colour masks by their luma. Raises `ImageError` if one cannot be read or is not
+    of `shape`, or if they differ in size.
+    """
+    files = find_images(path) if Path(path).is_dir() else [path]
+    regions = []
+    for file in files:
+        with _opened(file, "a mask", tuple(mode for mode in MODES if mode != "PA")) as image:
+            regions.append(np.asarray(image.convert("L")))
+        shape = shape or regions[0].shape
+        if regions[-1].shape != tuple(shape):
+            got = regions[-1].shape
+            raise ImageError(f"{file}: mask of {got}, its image has {tuple(shape)}. A mask must match its image.")
+    return np.stack(regions)
 
 
 def load_images(paths: Sequence[str | Path], size: Size, *, description: str = "reading images") -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from effad_lib import datasets, runs
-from effad_lib.datasets import DatasetError, Sample, load_dataset, verify
+from effad_lib.datasets import DatasetError, Sample, Split, hold_out, load_dataset, verify, verify_masks
 
 
 def save(path, size=(8, 6), fill=120):
@@ -76,20 +76,6 @@ def test_unknown_mvtec_category(tmp_path, category):
         assert "Did you mean 'bottle'?" in str(error.value)
 
 
-def test_known_category_that_is_not_unpacked(tmp_path):
-    mvtec(tmp_path / "screw")
-    with pytest.raises(DatasetError, match=r"'bottle' is not in .* only screw"):
-        load_dataset("mvtec_ad", root=tmp_path, category="bottle")
-
-
-@pytest.mark.parametrize("root", ["absent", "."])
-def test_missing_mvtec_says_where_to_get_it_and_how_it_looks(tmp_path, root):
-    with pytest.raises(DatasetError) as error:
-        load_dataset("mvtec_ad", root=tmp_path / root, category="screw")
-    for part in (str(tmp_path), "mvtec.com", "CC BY-NC-SA 4.0", "ground_truth/<defect>/000_mask.png"):
-        assert part in str(error.value)
-
-
 def test_a_missing_mask_is_named(tmp_path):
     base = mvtec(tmp_path / "screw")
     (base / "ground_truth/scratch/001_mask.png").unlink()
@@ -127,6 +113,20 @@ def test_folder_with_nested_test_images_and_masks(tmp_path, suffix):
     split = load_dataset("folder", root=base)
     assert Sample(image, mask, 1, "scratch") in split.test
     assert len({sample.mask for sample in split.test if sample.label}) == 6
+
+
+def test_several_masks_of_one_image_and_an_empty_train_folder(tmp_path):
+    base = mvtec(tmp_path / "part")
+    (base / "ground_truth/dent/001_mask.png").unlink()
+    for index in range(2):
+        save(base / f"ground_truth/dent/001/{index}.png", fill=255)
+    split = load_dataset("folder", root=base)
+    assert Sample(base / "test/dent/001.png", base / "ground_truth/dent/001", 1, "dent") in split.test
+    for path in (base / "train/good").iterdir():
+        path.unlink()
+    save(base / "test_private/000.png")  # as in MVTec AD 2: perhaps defective, so never a good image to train on
+    with pytest.raises(DatasetError, match="0 good images to train on"):
+        load_dataset("folder", root=base)
 
 
 def test_loose_good_images_beside_test_folders(tmp_path):
@@ -244,6 +244,26 @@ def test_verify_refuses_masks_of_zero_and_one(tmp_path):
     save(base / "ground_truth/dent/001_mask.png", fill=1)
     with pytest.raises(DatasetError, match=r"001_mask\.png: an empty mask"):
         verify(load_dataset("folder", root=base))
+
+
+def test_images_of_several_sizes_are_fine_where_each_mask_fits_its_own(tmp_path):
+    base = mvtec(tmp_path / "part")
+    for path in (base / "test/dent/000.png", base / "ground_truth/dent/000_mask.png"):
+        save(path, size=(9, 7), fill=255)
+    verify(load_dataset("folder", root=base))
+    save(base / "test/dent/001.png", size=(9, 7))
+    with pytest.raises(DatasetError, match=r"1 of 27 (.|\n)*001_mask\.png: mask of \(8, 6\), its image has \(9, 7\)"):
+        verify(load_dataset("folder", root=base))
+
+
+def test_masks_of_good_images_are_checked_too_but_may_be_empty(tmp_path):
+    good = [Sample(save(tmp_path / f"{name}.png"), None, 0, "good") for name in range(5)]
+    split = Split("own", *hold_out(good[:4], 0, 0.5), (replace(good[4], mask=save(tmp_path / "mask.png", fill=0)),))
+    verify(split)
+    save(tmp_path / "mask.png", size=(6, 8), fill=0)
+    for check in (verify, verify_masks):
+        with pytest.raises(DatasetError, match=r"mask\.png: mask of \(6, 8\)"):
+            check(split)
 
 
 def test_verify_lists_only_the_first_few(tmp_path):

@@ -18,6 +18,7 @@ from effad_lib.images import (
     load_images,
     read_image,
     read_mask,
+    read_regions,
     to_float,
     to_grey,
 )
@@ -222,6 +223,22 @@ def test_mask_of_another_size_is_refused(tmp_path):
     assert read_mask(path, (5, 7)).shape == (5, 7)
     with pytest.raises(ImageError, match=r"m\.png: mask of \(5, 7\), its image has \(7, 5\)"):
         read_mask(path, (7, 5))
+
+
+def test_a_folder_of_masks_is_read_as_regions_and_as_their_union(tmp_path):
+    first, second = np.zeros((2, 5, 7), np.uint8)
+    first[0], second[1:, 2] = 253, 7
+    save(tmp_path / "000/001.png", second)
+    save(tmp_path / "000/000.png", first)
+    assert np.array_equal(read_regions(tmp_path / "000", (5, 7)), [first, second])
+    assert np.array_equal(read_regions(tmp_path / "000/001.png"), [second])
+    assert np.array_equal(read_mask(tmp_path / "000", (5, 7), 1), (first > 0) | (second > 0))
+    assert np.array_equal(read_mask(tmp_path / "000"), first > 0)
+    assert not read_mask(tmp_path / "000/001.png", level=8).any() and read_mask(tmp_path / "000/001.png", level=7).any()
+    save(tmp_path / "000/002.png", np.zeros((7, 5), np.uint8))
+    for shape in (None, (5, 7)):
+        with pytest.raises(ImageError, match=r"002\.png: mask of \(7, 5\), its image has \(5, 7\)"):
+            read_mask(tmp_path / "000", shape)
 
 
 def test_masks_with_another_full_scale_are_not_misread(tmp_path):

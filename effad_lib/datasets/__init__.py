@@ -1,28 +1,30 @@
-"""Data sets as values: MVTec AD, any folder of good images, ELPV, synthetic products, your own function."""
+"""Data sets as values: the published ones, any folder of good images, synthetic products, your own function."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from effad_lib.datasets import elpv, synthetic  # noqa: F401  (each registers its data sets)
-from effad_lib.datasets.folders import MVTEC_AD
+from effad_lib.datasets import elpv, folders, loco, synthetic, visa  # noqa: F401  (each registers its data sets)
+from effad_lib.datasets.benchmarks import MVTEC_AD
 from effad_lib.datasets.split import (
     FEWEST_VALIDATION,
     LOADERS,
     DatasetError,
     Sample,
     Samples,
+    Saturation,
     Split,
     hold_out,
     listed,
     provided,
     register,
 )
-from effad_lib.images import ImageError, read_image, read_mask
+from effad_lib.images import ImageError, read_image, read_regions
 from effad_lib.progress import progress
 from effad_lib.runs import resolve
 from effad_lib.settings import nearest
@@ -32,6 +34,7 @@ __all__ = [
     "DatasetError",
     "Sample",
     "Samples",
+    "Saturation",
     "Split",
     "dataset_names",
     "hold_out",
@@ -54,16 +57,17 @@ def load_dataset(
 ) -> Split:
     """Find the images of a data set and split them; no image is decoded (see `verify`).
 
-    - "mvtec_ad": `root` holds the category folders (default `data/mvtec_ad`); `category` is one of them.
+    - "mvtec_ad", "mvtec_ad_2", "mvtec_loco", "visa", "btad": `root` holds the category folders (default: the folder
+      of the same name in `data`); `category` is one of them. If there is none, the error says where to get them.
     - "folder": `root` is any folder of good images, see `load_folder`.
     - "elpv": solar cells from the PyPI package `elpv-dataset`; `category` is "mono" (default), "poly" or "all".
     - "synthetic": `category` is a product (default "board"); rendered into `root` (default `data/synthetic`) if absent.
     - the name of a function of your own, see `register`; "path/to/file.py:name" finds it in that file.
 
     `validation_share` of the good training images, at least three, is drawn by `seed` and held out for
-    calibration, unless there is a folder `validation/good`; test images never are. Relative roots are taken
-    from the project's folder. Raises `DatasetError` for unknown names, missing folders and masks, or fewer
-    than ten images left to train on.
+    calibration, unless there is a folder `validation/good` (MVTec AD 2, MVTec LOCO); test images never are.
+    Relative roots are taken from the project's folder. Raises `DatasetError` for unknown names, missing folders
+    and masks, or fewer than ten images left to train on.
     """
     if ".py:" in dataset:
         dataset = provided(dataset)
@@ -81,10 +85,10 @@ def load_dataset(
 def verify(split: Split) -> None:
     """Decode every image and mask of a split once, before long work starts.
 
-    Raises one `DatasetError` that lists the first few faults: unreadable, 16-bit or CMYK images, masks of
-    another size than their image, and masks of defective images in which nothing is marked.
+    Raises one `DatasetError` that lists the first few faults: unreadable, 16-bit or CMYK images, masks of another size
+    than their image, masks of defective images in which nothing is marked, and regions without a saturation threshold.
     """
-    _raise_faults(split, [*split.train, *split.validation, *split.test], _fault)
+    _raise_faults(split, [*split.train, *split.validation, *split.test], masks_only=False)
 
 
 def verify_masks(split: Split) -> None:
@@ -92,11 +96,11 @@ def verify_masks(split: Split) -> None:
 
     For a training: a test image that is broken will be skipped and reported, a mask that does not fit is a mistake.
     """
-    masked = [sample for sample in split.test if sample.mask]
-    _raise_faults(split, masked, lambda sample: _fault(sample, masks_only=True))
+    _raise_faults(split, [sample for sample in split.test if sample.mask], masks_only=True)
 
 
-def _raise_faults(split: Split, samples: list[Sample], fault: Callable[[Sample], str | None]) -> None:
+def _raise_faults(split: Split, samples: list[Sample], masks_only: bool) -> None:
+    fault = partial(_fault, saturation=split.saturation, masks_only=masks_only)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         bar = progress(pool.map(fault, samples), total=len(samples), desc="checking images", leave=False)
         faults = [found for found in bar if found]
@@ -104,16 +108,27 @@ def _raise_faults(split: Split, samples: list[Sample], fault: Callable[[Sample],
         raise DatasetError(f"{split.name}: {len(faults)} of {len(samples)} samples are faulty.{listed(faults)}")
 
 
-def _fault(sample: Sample, masks_only: bool = False) -> str | None:
+def _fault(sample: Sample, saturation: Mapping[int, Saturation], masks_only: bool) -> str | None:
     try:
         shape = read_image(sample.image).shape[1:]
     except ImageError as error:
         return None if masks_only else str(error)
+    if not sample.mask:
+        return None
     try:
-        if sample.mask and not read_mask(sample.mask, shape).any() and sample.label:
-            return f"{sample.mask}: an empty mask, no value reaches 128. Save 0 for good, 255 for defective."
+        values = read_regions(sample.mask, shape).max(axis=(1, 2)).tolist()
     except ImageError as error:
         return str(error)
+    if not sample.label:
+        return None
+    if min(values) < sample.mask_level:
+        return (
+            f"{sample.mask}: an empty mask, no value reaches {sample.mask_level}. Save 0 for good, 255 for defective."
+        )
+    if unknown := set(values) - saturation.keys() if saturation else None:
+        known = ", ".join(map(str, sorted(saturation)))
+        return f"{sample.mask}: pixel values {sorted(unknown)} have no saturation threshold, only {known} have."
+    return None
 
 
 def _check(split: Split, dataset: str) -> None:
@@ -124,6 +139,8 @@ def _check(split: Split, dataset: str) -> None:
     for sample in chain(split.train, split.validation, split.test):
         if not isinstance(sample, Sample) or sample.label not in (0, 1):
             raise DatasetError(f"{split.name}: {sample!r} is not a Sample with label 0 or 1.")
+        if sample.mask_level not in range(1, 256):
+            raise DatasetError(f"{split.name}: {sample!r} has a mask_level outside 1 to 255.")
     owner: dict[Path, str] = {}
     for part, samples in (("train", split.train), ("validation", split.validation), ("test", split.test)):
         for sample in samples:

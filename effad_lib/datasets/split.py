@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,27 +26,49 @@ class DatasetError(ValueError):
 class Sample:
     """One image with what is known of it.
 
-    `mask` is None when the image is good or no mask is known; `label` is 0 for good, 1 for defective;
-    `defect` is the name of its defect class, "good" for good ones.
+    `mask` is None when the image is good or no mask is known, else a file, or a folder of masks, one for each defective
+    region; a pixel is defective where its value in one of them is at least `mask_level`, in [1, 255]. `label` is 0 for
+    good, 1 for defective; `defect` is the name of its defect class, "good" for good ones.
     """
 
     image: Path
     mask: Path | None
     label: int
     defect: str
+    mask_level: int = 128
 
 
 Samples = tuple[Sample, ...]
 
 
+class Saturation(NamedTuple):
+    """How much of a region of one kind of `defect` must be found until it counts as found in full (MVTec LOCO).
+
+    `threshold` is a share of the region's area in (0, 1] if `relative`, else a number of pixels.
+    """
+
+    defect: str
+    threshold: float
+    relative: bool
+
+    def pixels(self, area: int) -> int:
+        """Return the number of pixels, from 1 to `area`, at which a region of `area` pixels counts as found."""
+        return max(1, int(self.threshold * area) if self.relative else min(int(self.threshold), area))
+
+
 @dataclass(frozen=True, repr=False)
 class Split:
-    """A data set: good images to train on, good ones held out for calibration, and the test images."""
+    """A data set: good images to train on, good ones held out for calibration, and the test images.
+
+    `saturation` tells by the pixel value of a region in its mask when it is found, for AU-sPRO; empty where the data
+    set has no such rule.
+    """
 
     name: str
     train: Samples
     validation: Samples
     test: Samples
+    saturation: Mapping[int, Saturation] = field(default_factory=lambda: MappingProxyType({}), hash=False)
 
     @property
     def has_masks(self) -> bool:
