@@ -4,7 +4,10 @@ Every metric that cannot be computed, because there is no good or no defective i
 Throughout, a score or pixel counts as found at a threshold t when it is >= t.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -12,6 +15,7 @@ from scipy.integrate import trapezoid
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 Maps = Sequence[np.ndarray] | np.ndarray
+Curve = tuple[np.ndarray, np.ndarray]
 
 # Regions that touch only at a corner are one region, as in the evaluation code of the MVTec data sets.
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
@@ -51,46 +55,135 @@ def image_f1_max(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float] 
     return float(f1[best]), float(thresholds[best])
 
 
-def pixel_auroc(maps: Maps, masks: Maps) -> float | None:
-    """Area under the ROC curve over all pixels of all maps together.
+class Region(NamedTuple):
+    """An annotated defect: its pixels, bool [H, W], and how many of them, found, count as all of it (at least 1)."""
 
-    maps: N arrays float [H, W]; masks: N arrays bool [H, W], True where defective; sizes may differ from
-    image to image. Memory as in `pro_curve`. Raises ValueError for NaN or infinite values and for a mask
+    mask: np.ndarray
+    saturation: int
+
+
+Regions = Sequence[Sequence[Region]]
+
+
+class FoundShares(NamedTuple):
+    """How much of the defective pixels is found at every threshold at which that changes, from the highest down.
+
+    Made by `sweep`. T `thresholds`, P defective pixels; N images. `normals` and `normals_above` count normal pixels of
+    all images: those >= and those > each threshold, int [T]; `total` all of them. `step` int [P] is the threshold at
+    which a pixel is found, `image` int [P] where it is; `overlap` and `saturated` float [P] are the shares of its
+    region that it makes up, summed over the regions it lies in: without saturation and with it. `regions` int [2, N]
+    counts the regions of each image, for the two.
+    """
+
+    thresholds: np.ndarray
+    normals: np.ndarray
+    normals_above: np.ndarray
+    total: int
+    step: np.ndarray
+    image: np.ndarray
+    overlap: np.ndarray
+    saturated: np.ndarray
+    regions: np.ndarray
+
+    @property
+    def auroc(self) -> float:
+        """Area under the ROC curve over all pixels of all maps together."""
+        return _area(*self._curve(self._counts()))
+
+    @property
+    def ap(self) -> float:
+        """Average precision of the pixels; a random map reaches the share of defective ones."""
+        counts = self._counts()
+        found = np.cumsum(counts)
+        return min(1.0, float((counts * found / (found + self.normals)).sum() / found[-1]))
+
+    @property
+    def f1_max(self) -> tuple[float, float]:
+        """Best F1 of the pixels over all thresholds, and the highest threshold that reaches it; as `image_f1_max`."""
+        found = np.cumsum(self._counts())
+        f1 = 2 * found / (found + self.normals + found[-1])
+        return float(f1.max()), float(self.thresholds[f1.argmax()])
+
+    def pro_curve(self, images: Sequence[int] | None = None, *, saturated: bool = False) -> Curve | None:
+        """Per-region overlap against false-positive rate, as the vertices of the exact curve.
+
+        Overlap: the found share of each region, averaged over all regions of all images, so that a small region
+        counts as much as a large one; `saturated` divides by the saturation of the region instead of its area (sPRO).
+        False-positive rate: the found share of all normal pixels, those of defect-free images included. `images` takes
+        only the regions of these; the normal pixels remain those of all. Two float arrays [V] rising from (0, 0) to
+        (1, 1), or None if the chosen images have no region.
+        """
+        weights, regions = (self.saturated, self.regions[1]) if saturated else (self.overlap, self.regions[0])
+        if images is not None:
+            chosen = np.zeros(len(regions), dtype=bool)
+            chosen[list(images)] = True
+            weights, regions = weights * chosen[self.image], regions[chosen]
+        if not regions.sum():
+            return None
+        return self._curve(np.bincount(self.step, weights, minlength=len(self.normals)))
+
+    def au_pro(
+        self, fpr_limit: float = 0.3, images: Sequence[int] | None = None, *, saturated: bool = False
+    ) -> float | None:
+        """Area under `pro_curve` up to a false-positive rate, divided by that rate: AU-PRO, or saturated AU-sPRO.
+
+        The overlap at the limit is interpolated linearly. In [0, 1]; a random map reaches fpr_limit / 2. fpr_limit in
+        (0, 1], 0.3 in the paper, 0.05 for MVTec LOCO and MVTec AD 2. None if the chosen images have no region.
+        """
+        if not 0 < fpr_limit <= 1:
+            raise ValueError(f"fpr_limit is {fpr_limit}; it must lie in (0, 1], usually 0.3")
+        curve = self.pro_curve(images, saturated=saturated)
+        return None if curve is None else _area(*curve, fpr_limit)
+
+    def _counts(self) -> np.ndarray:
+        """Defective pixels found at each threshold."""
+        return np.bincount(self.step, minlength=len(self.normals))
+
+    def _curve(self, weights: np.ndarray) -> Curve:
+        """Found share of the normal pixels, and of these weights of the thresholds: just above each, then at it."""
+        found = np.cumsum(weights)
+        fpr = np.stack([self.normals_above, self.normals], axis=1).ravel() / self.total
+        share = np.stack([np.append(0.0, found[:-1]), found], axis=1).ravel() / found[-1]
+        return np.concatenate([[0.0], fpr, [1.0]]), np.concatenate([[0.0], share, [1.0]])
+
+
+def sweep(maps: Maps, masks: Maps, regions: Regions | None = None) -> FoundShares | None:
+    """Lower a threshold over all maps together, once for all pixel metrics; None without defective or normal pixels.
+
+    maps: N arrays float [H, W]; masks: N arrays bool [H, W], True where defective; sizes may differ from image to
+    image. regions: for each image its annotated ones, for AU-sPRO; they may overlap, and must make up the mask. AU-PRO
+    takes 8-connected regions of the mask in any case. Raises ValueError for NaN or infinite values and for a mask
     that does not fit, naming the image's index.
+
+    The maps are read twice, one at a time, so the arguments may be sequences that compute their items. Beyond one map
+    it takes about 130 bytes a defective pixel. Nothing is binned: the curves bend only at values that a defective pixel
+    takes. These are collected and sorted, and of the normal pixels, the many, it is enough to count how many lie
+    between one such value and the next.
     """
-    curve = _curve(maps, masks, weigh=lambda mask: np.ones(np.count_nonzero(mask)))
-    return None if curve is None else min(1.0, float(trapezoid(curve[1], curve[0])))
-
-
-def au_pro(maps: Maps, masks: Maps, fpr_limit: float = 0.3) -> float | None:
-    """Area under the per-region overlap curve up to a false-positive rate, divided by that rate.
-
-    The overlap at the limit is interpolated linearly. Returns a value in [0, 1]; a random map reaches
-    fpr_limit / 2. Arguments and errors as in `pixel_auroc`; fpr_limit in (0, 1], 0.3 in the paper.
-    """
-    if not 0 < fpr_limit <= 1:
-        raise ValueError(f"fpr_limit is {fpr_limit}; it must lie in (0, 1], usually 0.3")
-    curve = pro_curve(maps, masks)
-    if curve is None:
+    parts: list[tuple[np.ndarray, ...]] = []
+    counts = np.zeros((2, len(maps)), dtype=np.int64)
+    for index, (heat, mask) in enumerate(_pairs(maps, masks)):
+        overlap, counts[0, index] = _overlap(mask)
+        saturated, counts[1, index] = overlap, counts[0, index]
+        if regions is not None:
+            saturated, counts[1, index] = _saturated(heat, mask, regions[index], index), len(regions[index])
+        parts.append((heat[mask], np.full(len(overlap), index, dtype=np.int32), overlap, saturated))
+    if not counts[0].any():
         return None
-    fpr, overlap = curve
-    inside = np.searchsorted(fpr, fpr_limit, side="right")
-    overlap = np.append(overlap[:inside], np.interp(fpr_limit, fpr[inside - 1 :], overlap[inside - 1 :]))
-    return min(1.0, float(trapezoid(overlap, np.append(fpr[:inside], fpr_limit)) / fpr_limit))  # rounding errors
+    values, image, overlap, saturated = map(np.concatenate, zip(*parts, strict=True))
+    steps, step = np.unique(values, return_inverse=True)
 
-
-def pro_curve(maps: Maps, masks: Maps) -> tuple[np.ndarray, np.ndarray] | None:
-    """Per-region overlap against false-positive rate, as the vertices of the exact curve.
-
-    Overlap: the found share of each defective region (8-connected), averaged over all regions of all
-    images, so that a small region counts as much as a large one. False-positive rate: the found share of
-    all normal pixels, those of defect-free images included. Returns two float arrays [V] rising from
-    (0, 0) to (1, 1), V at most twice the number of defective pixels plus two.
-
-    The maps are read twice, one at a time, so `maps` and `masks` may be sequences that compute their
-    items; beyond one map it takes about 130 bytes a defective pixel.
-    """
-    return _curve(maps, masks, weigh=_region_shares)
+    below = np.zeros(len(steps) + 1, dtype=np.int64)  # [k]: normal pixels in [steps[k - 1], steps[k])
+    up_to = np.zeros_like(below)  # [k]: normal pixels in (steps[k - 1], steps[k]]
+    for heat, mask in _pairs(maps, masks):
+        normal = np.sort(heat[~mask])  # neighbouring look-ups of sorted values stay in the cache
+        below += np.bincount(np.searchsorted(steps, normal, side="right"), minlength=len(below))
+        up_to += np.bincount(np.searchsorted(steps, normal, side="left"), minlength=len(below))
+    total = int(below.sum())
+    if total == 0:
+        return None
+    normals, above = (total - np.cumsum(some)[-2::-1] for some in (below, up_to))
+    return FoundShares(steps[::-1], normals, above, total, len(steps) - 1 - step, image, overlap, saturated, counts)
 
 
 def _check_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -111,43 +204,36 @@ def _has_both(labels: np.ndarray) -> bool:
     return 0 < labels.sum() < len(labels)
 
 
-def _region_shares(mask: np.ndarray) -> np.ndarray:
-    """For each defective pixel, the share of its region that it makes up."""
-    regions = ndimage.label(mask, EIGHT_NEIGHBOURS)[0][mask]
-    return 1.0 / np.bincount(regions)[regions]
+def _area(x: np.ndarray, y: np.ndarray, limit: float = 1.0) -> float:
+    """The area under a curve up to a limit, divided by it."""
+    inside = np.searchsorted(x, limit, side="right")
+    y = np.append(y[:inside], np.interp(limit, x[inside - 1 :], y[inside - 1 :]))
+    return min(1.0, float(trapezoid(y, np.append(x[:inside], limit)) / limit))  # rounding errors
 
 
-def _curve(maps: Maps, masks: Maps, weigh: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Found weight of the defective pixels against found share of the normal ones.
+def _overlap(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """For each defective pixel, the share of its connected region that it makes up; and how many regions there are."""
+    labelled, count = ndimage.label(mask, EIGHT_NEIGHBOURS)
+    regions = labelled[mask]
+    return 1.0 / np.bincount(regions)[regions], count
 
-    The curve bends only at values that a defective pixel takes. So these are collected and sorted, and of
-    the normal pixels, the many, it is enough to count how many lie between one such value and the next.
-    """
-    values, weights = [], []
-    for heat, mask in _pairs(maps, masks):
-        if mask.any():
-            values.append(heat[mask])
-            weights.append(weigh(mask))
-    if not values:
-        return None
-    steps, step_of = np.unique(np.concatenate(values), return_inverse=True)
-    found = np.cumsum(np.bincount(step_of, np.concatenate(weights))[::-1])
 
-    below = np.zeros(len(steps) + 1, dtype=np.int64)  # [k]: normal pixels in [steps[k - 1], steps[k])
-    up_to = np.zeros_like(below)  # [k]: normal pixels in (steps[k - 1], steps[k]]
-    for heat, mask in _pairs(maps, masks):
-        normal = np.sort(heat[~mask])  # neighbouring look-ups of sorted values stay in the cache
-        below += np.bincount(np.searchsorted(steps, normal, side="right"), minlength=len(below))
-        up_to += np.bincount(np.searchsorted(steps, normal, side="left"), minlength=len(below))
-    normals = below.sum()
-    if normals == 0:
-        return None
-
-    # Going down the steps: the point just above each step, then the point that includes it (ties at once).
-    above, including = normals - np.cumsum(up_to)[-2::-1], normals - np.cumsum(below)[-2::-1]
-    fpr = np.stack([above, including], axis=1).ravel() / normals
-    share = np.stack([np.append(0.0, found[:-1]), found], axis=1).ravel() / found[-1]
-    return np.concatenate([[0.0], fpr, [1.0]]), np.concatenate([[0.0], share, [1.0]])
+def _saturated(heat: np.ndarray, mask: np.ndarray, regions: Sequence[Region], index: int) -> np.ndarray:
+    """For each defective pixel, its weight in sPRO: only the hottest of a region, as many as saturate it, have one."""
+    weights, union = np.zeros(mask.shape), np.zeros_like(mask)
+    for region in regions:
+        if region.mask.shape != mask.shape or region.saturation < 1 or not region.mask.any():
+            raise ValueError(
+                f"image {index}: a region {region.mask.shape} of {np.count_nonzero(region.mask)} pixels, saturated by "
+                f"{region.saturation}; it must fit the mask {mask.shape}, have pixels and be saturated by at least 1"
+            )
+        union |= region.mask
+        inside = np.flatnonzero(region.mask)
+        hottest = inside[np.argsort(-heat.ravel()[inside], kind="stable")[: region.saturation]]
+        weights.ravel()[hottest] += 1.0 / len(hottest)
+    if (union != mask).any():
+        raise ValueError(f"image {index}: its regions together are not its mask")
+    return weights[mask]
 
 
 def _pairs(maps: Maps, masks: Maps) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,17 +1,19 @@
 """Evaluation with a fake detector whose maps are the image's own colours, so that every number is known."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 import torch
 import yaml
 from PIL import Image
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import f1_score, roc_auc_score
 
 from effad_lib import metrics
-from effad_lib.datasets import Sample
+from effad_lib.datasets import Sample, Saturation
 from effad_lib.detector import AnomalyMaps
 from effad_lib.evaluation import (
     EvaluationSettings,
@@ -23,7 +25,7 @@ from effad_lib.evaluation import (
     load_maps,
     worst_mistakes,
 )
-from effad_lib.images import ImageError, read_image
+from effad_lib.images import ImageError, read_image, read_mask
 from effad_lib.runs import Run, RunError
 from effad_lib.settings import SettingsError
 
@@ -84,13 +86,16 @@ def test_scores_maps_and_metrics(samples):
     assert found.scores[4] > 1  # not clamped
     assert found.maps.student_teacher[2, 0, 0] == pytest.approx(200 / 255)
     result = found.metrics()
-    assert list(result) == ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "au_pro"]
+    image, pixel = ["image_auroc", "image_ap", "image_f1_max"], ["pixel_auroc", "pixel_ap", "pixel_f1_max"]
+    assert list(result) == [*image, *pixel, "au_pro", "au_pro_05"]
     assert result["image_auroc"] == pytest.approx(roc_auc_score(found.labels, found.scores))
     truth = np.concatenate([found.mask(i).ravel() for i in range(5)])
     heat = np.concatenate([found.heat(i).ravel() for i in range(5)])
     assert result["pixel_auroc"] == pytest.approx(roc_auc_score(truth, heat))
     both = [[get(i) for i in range(5)] for get in (found.heat, found.mask)]
-    assert result["au_pro"] == pytest.approx(metrics.au_pro(*both))
+    alone = metrics.sweep(*both)
+    assert result["au_pro"] == alone.au_pro(0.3) and result["au_pro_05"] == alone.au_pro(0.05) < result["au_pro"]
+    assert result["pixel_ap"] == alone.ap and result["pixel_f1_max"] == alone.f1_max[0]
 
 
 def test_maps_and_masks_are_compared_at_the_original_size(samples):
@@ -124,7 +129,7 @@ def test_a_missing_mask_leaves_out_the_pixel_metrics(samples, tmp_path):
     result = found.metrics()
     assert result["pixel_auroc"] is None and result["au_pro"] is None and result["image_auroc"] is not None
     assert found.mask(5) is None
-    assert found.notes == ["1 defective images have no mask: no pixel AU-ROC and AU-PRO."]
+    assert found.notes == ["1 defective images have no mask: no pixel AU-ROC, AP, F1-max and AU-PRO."]
     table = found.by_defect()
     assert np.isnan(table.loc["hole", "au_pro"]) and table.loc["dent", "au_pro"] > 0
 
@@ -137,6 +142,86 @@ def test_only_good_or_only_defective_images(samples):
     bad = evaluate(Brightness(), samples[2:])
     assert bad.metrics()["image_auroc"] is None and bad.metrics()["au_pro"] > 0.5
     assert bad.notes == ["No good image among 3: no image AU-ROC, AP and F1-max."]
+
+
+def test_the_mean_of_the_defects_weighted_by_their_regions_is_the_whole(samples):
+    found = evaluate(Brightness(), samples)
+    table = found.by_defect()  # a region an image: two dents, one hole
+    assert np.average(table["au_pro"], weights=table["images"]) == pytest.approx(found.metrics()["au_pro"])
+
+
+def test_decisions_count_what_lies_above_each_threshold(samples):
+    samples = (write_sample(samples[0].image.parent, "loud", 130), *samples[:1], *samples[2:])
+    detector = Brightness(threshold=1.3)
+    detector.pixel_threshold = 1.25
+    found = evaluate(detector, samples)  # good 130 and 50, dents 200 and 100, hole 255; times 3 / 255
+    assert found.confusion().to_numpy().tolist() == [[1, 1], [1, 2]]
+    table = found.decisions()
+    assert table.index.tolist() == ["image", "pixel", "image, F1-max", "pixel, F1-max"]
+    assert table.loc["image"].tolist() == pytest.approx([1.3, 1 / 2, 2 / 3, 2 / 3])
+    heat = np.concatenate([found.heat(k).ravel() for k in range(5)]) > 1.25
+    truth = np.concatenate([found.mask(k).ravel() for k in range(5)])
+    expected = [1.25, heat[~truth].mean(), heat[truth].mean(), f1_score(truth, heat)]
+    assert table.loc["pixel"].tolist() == pytest.approx(expected)
+    for kind in ("image", "pixel"):
+        assert table.loc[f"{kind}, F1-max", "f1"] == pytest.approx(found.metrics()[f"{kind}_f1_max"])
+    undecided = evaluate(Brightness(), samples)
+    assert undecided.decisions().loc[["image", "pixel"]].isna().all(axis=None) and not len(undecided.confusion())
+    assert evaluate(detector, samples[:2]).decisions()[["false_alarms", "found", "f1"]].isna().all(axis=None)
+
+
+def write_regions(folder, values, size=(64, 64)):
+    """A folder of masks, one for each region: in a row, 16 × 8 pixels each, of these pixel values."""
+    folder.mkdir()
+    for index, value in enumerate(values):
+        mask = np.zeros(size, np.uint8)
+        mask[:16, 8 * index : 8 * index + 8] = value
+        Image.fromarray(mask).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def test_saturation_makes_the_metrics_of_mvtec_loco(samples, tmp_path):
+    logical = write_sample(tmp_path, "f", 150, "logical_anomalies", mask=False)
+    structural = write_sample(tmp_path, "g", 240, "structural_anomalies", mask=False)
+    logical = replace(logical, mask=write_regions(tmp_path / "f", [255, 254]), mask_level=1)
+    structural = replace(structural, mask=write_regions(tmp_path / "g", [255]), mask_level=1)
+    saturation = {255: Saturation("screw", 0.5, True), 254: Saturation("nut", 40, False)}
+    found = evaluate(Brightness(), [*samples[:2], logical, structural], saturation=saturation)
+    assert found.mask(2).sum() == 2 * 128 and found.mask(3).sum() == 128
+    result = found.metrics()
+    kinds = ["logical", "structural", "mean"]
+    assert list(result)[8:] == ["au_spro_05", *[f"{m}_{k}" for m in ("image_auroc", "au_spro_05") for k in kinds]]
+    # By hand from the sweep: the regions of each kind against the normal pixels of all images.
+    regions = [
+        [metrics.Region(read_mask(path, (64, 64), 1), count) for path, count in some]
+        for some in (
+            [],
+            [],
+            [(tmp_path / "f/000.png", 64), (tmp_path / "f/001.png", 40)],
+            [(tmp_path / "g/000.png", 64)],
+        )
+    ]
+    alone = metrics.sweep([found.heat(k) for k in range(4)], [found.mask(k) for k in range(4)], regions)
+    assert result["au_spro_05_logical"] == pytest.approx(alone.au_pro(0.05, [2], saturated=True))
+    assert result["au_spro_05"] == pytest.approx(
+        (2 * result["au_spro_05_logical"] + result["au_spro_05_structural"]) / 3
+    )
+    assert result["image_auroc_logical"] == roc_auc_score([0, 0, 1], found.scores[:3])
+    assert result["image_auroc_mean"] == np.mean([result["image_auroc_logical"], result["image_auroc_structural"]])
+    with pytest.raises(ValueError, match=r"f: pixel value 254 has no saturation threshold, only 255"):
+        evaluate(Brightness(), [*samples[:2], logical], saturation={255: saturation[255]}).metrics()
+
+
+def test_maps_are_written_where_the_evaluation_code_of_mvtec_reads_them(samples, tmp_path):
+    (tmp_path / "set" / "test" / "dent").mkdir(parents=True)
+    inside = write_sample(tmp_path / "set" / "test" / "dent", "000", 200, "dent", size=(80, 72))
+    found = evaluate(Brightness(), [inside, samples[0]])
+    found.save_tiffs(tmp_path / "maps")
+    written = tifffile.imread(tmp_path / "maps" / "test" / "dent" / "000.tiff")
+    assert written.dtype == np.float32 and np.array_equal(written, found.heat(0)) and written.shape == (80, 72)
+    assert (tmp_path / "maps" / "test" / "good" / "a.tiff").is_file()
+    with pytest.raises(ValueError, match=r"2 images would have their map in test/good/a\.tiff"):
+        evaluate(Brightness(), [samples[0], samples[0]]).save_tiffs(tmp_path / "twice")
 
 
 def test_unreadable_images_are_reported_and_skipped(samples, tmp_path):
@@ -266,8 +351,8 @@ def test_a_run_is_evaluated_on_its_own_split_and_finished_last(finished):
 
     written = finish_run(finished.folder, detector, found)
     assert finished.metrics == written
-    keys = ["data", "image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "au_pro", "seconds", "steps", "size"]
-    assert list(written) == keys
+    assert list(written) == ["data", *found.metrics(), "latency_ms", "latency_on", "seconds", "steps", "size"]
+    assert written["latency_ms"] > 0 and "CPU" in written["latency_on"]
     assert written["data"] == "random images" and written["size"] == "XS" and written["au_pro"] is None
     assert len(pd.read_csv(finished.folder / "scores.csv")) == len(list((finished.folder / "maps").iterdir())) == 3
 

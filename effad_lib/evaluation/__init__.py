@@ -11,6 +11,7 @@ import yaml
 from effad_lib.datasets import Split, load_dataset
 from effad_lib.detector import EfficientAD
 from effad_lib.evaluation.baselines import blind_scores, brightness_scores
+from effad_lib.evaluation.latency import latency
 from effad_lib.evaluation.result import MAP_NAMES, Evaluation, load_maps, worst_mistakes
 from effad_lib.evaluation.scoring import EvaluationError, evaluate
 from effad_lib.runs import Run, RunError, resolve
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate",
     "evaluate_run",
     "finish_run",
+    "latency",
     "load_maps",
     "worst_mistakes",
 ]
@@ -65,16 +67,16 @@ def evaluate_run(run_folder: str | Path, device: str = "auto") -> tuple[Efficien
     if not split.test:
         raise RunError(f"{split.name} has no test images. Add test/good and test/<defect>, or use `effad detect`.")
     detector = EfficientAD.load(run.model, pick_device(device))
-    return detector, split, evaluate(detector, split.test)
+    return detector, split, evaluate(detector, split.test, saturation=split.saturation)
 
 
 def finish_run(run_folder: str | Path, detector: EfficientAD, found: Evaluation) -> dict[str, Any]:
     """Write `scores.csv`, the maps and, last, `metrics.json` into a run; return what the latter holds.
 
-    Keys: data, the metrics, and of the training its seconds, its steps and the size of the networks.
+    Keys: data, the metrics, the latency, and of the training its seconds, its steps and the size of the networks.
     """
     found.save(resolve(run_folder))
     card = {name: detector.card.get(name) for name in ("data", "seconds", "steps", "size")}
-    result = {"data": card.pop("data"), **found.metrics(), **card}
+    result = {"data": card.pop("data"), **found.metrics(), **latency(detector), **card}
     Run(run_folder).finish(result)
     return result

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from effad_lib import metrics
-from effad_lib.datasets import Sample
+from effad_lib.datasets import Sample, Saturation
 from effad_lib.detector import AnomalyMaps
-from effad_lib.images import Size, read_mask
+from effad_lib.images import Size, read_mask, read_regions
 from effad_lib.runs import PROJECT, write_bytes, write_text
 
 MAP_NAMES = ("combined", "student_teacher", "student_autoencoder")
@@ -27,8 +30,9 @@ class Evaluation:
 
     `scores` float [N], unclamped; `labels` int [N], 0 good, 1 defective; `maps` holds three float32 arrays
     [N, H, W] at the detector's input size; `sizes` the (height, width) of the images as they are on disk;
-    `threshold` is the detector's, None before calibration: an image counts as defective if its score is
-    above it. `skipped` says which images could not be read, and why; no other field has them.
+    `threshold` and `pixel_threshold` are the detector's, None before calibration: an image counts as defective if its
+    score, a pixel if its value in the combined map is above it. `skipped` says which images could not be read, and why;
+    no other field has them. `saturation` is that of the `Split`.
     """
 
     samples: tuple[Sample, ...]
@@ -37,13 +41,15 @@ class Evaluation:
     maps: AnomalyMaps
     sizes: tuple[Size, ...]
     threshold: float | None = None
+    pixel_threshold: float | None = None
     skipped: tuple[str, ...] = ()
+    saturation: Mapping[int, Saturation] = field(default_factory=dict)
 
     def mask(self, index: int) -> np.ndarray | None:
         """Return the truth as bool [H, W] at the original size; None for a defective image without a mask."""
         sample = self.samples[index]
         if sample.mask is not None:
-            return read_mask(sample.mask, self.sizes[index])
+            return read_mask(sample.mask, self.sizes[index], sample.mask_level)
         return None if sample.label else np.zeros(self.sizes[index], dtype=bool)
 
     def heat(self, index: int) -> np.ndarray:
@@ -54,19 +60,35 @@ class Evaluation:
         return heat.numpy()
 
     def metrics(self) -> dict[str, float | None]:
-        """Return image AU-ROC, AP, F1-max, pixel AU-ROC and AU-PRO (FPR limit 0.3).
+        """Return what the field reports: of images and of pixels AU-ROC, AP and F1-max; AU-PRO up to 0.3 and 0.05.
 
-        The pixel metrics are computed at the original image sizes, one map at a time. A metric that cannot be
-        computed is None, and `notes` says why.
+        With `saturation` (MVTec LOCO) also AU-sPRO up to 0.05, it and the image AU-ROC of each kind of defect, and
+        their means over the kinds, which the paper reports. The pixel metrics are computed at the original image sizes,
+        one map at a time. A metric that cannot be computed is None, and `notes` says why.
         """
-        everything = range(len(self.samples))
-        return {
+        found = self.sweep if self._all_known else None
+        result = {
             "image_auroc": metrics.image_auroc(self.scores, self.labels),
             "image_ap": metrics.image_ap(self.scores, self.labels),
             "image_f1_max": metrics.image_f1_max(self.scores, self.labels)[0],
-            "pixel_auroc": self._pixel_metric(metrics.pixel_auroc, everything),
-            "au_pro": self._pixel_metric(metrics.au_pro, everything),
+            "pixel_auroc": found and found.auroc,
+            "pixel_ap": found and found.ap,
+            "pixel_f1_max": found and found.f1_max[0],
+            "au_pro": found and found.au_pro(0.3),
+            "au_pro_05": found and found.au_pro(0.05),
         }
+        return result | self._by_kind() if self.saturation else result
+
+    def _by_kind(self) -> dict[str, float | None]:
+        """The metrics of MVTec LOCO: all defects together, each kind against the good images, the mean of the kinds."""
+        table = self.by_defect()
+        result = {"au_spro_05": self.sweep.au_pro(0.05, saturated=True) if self._all_known and self.sweep else None}
+        for metric in ("image_auroc", "au_spro_05"):
+            values = table[metric].rename(lambda kind: kind.removesuffix("_anomalies"))
+            each = {f"{metric}_{kind}": None if np.isnan(value) else float(value) for kind, value in values.items()}
+            mean = None if None in each.values() or not each else float(np.mean(list(each.values())))
+            result |= {**each, f"{metric}_mean": mean}
+        return result
 
     @property
     def notes(self) -> list[str]:
@@ -76,28 +98,28 @@ class Evaluation:
             if label not in self.labels:
                 notes.append(f"No {kind} image among {len(self.labels)}: no image AU-ROC, AP and F1-max.")
         if 1 not in self.labels:
-            notes.append("No defective pixel: no pixel AU-ROC and AU-PRO.")
+            notes.append("No defective pixel: no pixel AU-ROC, AP, F1-max and AU-PRO.")
         unknown = sum(sample.label == 1 and sample.mask is None for sample in self.samples)
         if unknown:
-            notes.append(f"{unknown} defective images have no mask: no pixel AU-ROC and AU-PRO.")
+            notes.append(f"{unknown} defective images have no mask: no pixel AU-ROC, AP, F1-max and AU-PRO.")
         return notes
 
     def by_defect(self) -> pd.DataFrame:
-        """Return a row for each type of defect, each judged against all good images.
+        """Return a row for each type of defect, each judged against all good images and all normal pixels.
 
-        Columns: images (count), image_auroc, au_pro, mean_score, misses (images not above the
-        detector's threshold); a value that cannot be computed is missing.
+        Columns: images (count), image_auroc, au_pro, au_spro_05 if there is `saturation`, mean_score, misses (images
+        not above the detector's threshold); a value that cannot be computed is missing. The mean of `au_pro`, each
+        weighted by its number of regions, is that of all defects.
         """
-        good = np.flatnonzero(self.labels == 0)
         rows = {}
         for defect in sorted({sample.defect for sample in self.samples if sample.label}):
-            bad = np.array([i for i, s in enumerate(self.samples) if s.label and s.defect == defect])
-            chosen = np.concatenate([good, bad])
-            scores = self.scores[bad]
+            bad = np.array([bool(s.label) and s.defect == defect for s in self.samples])
+            chosen, scores = bad | (self.labels == 0), self.scores[bad]
             rows[defect] = {
-                "images": len(bad),
+                "images": bad.sum(),
                 "image_auroc": metrics.image_auroc(self.scores[chosen], self.labels[chosen]),
-                "au_pro": self._pixel_metric(metrics.au_pro, chosen),
+                "au_pro": self._au_pro(bad, 0.3),
+                "au_spro_05": self._au_pro(bad, 0.05, saturated=True) if self.saturation else None,
                 "mean_score": scores.mean(),
                 "misses": None if self.threshold is None else int((scores <= self.threshold).sum()),
             }
@@ -105,11 +127,55 @@ class Evaluation:
             "images": int,
             "image_auroc": float,
             "au_pro": float,
+            "au_spro_05": float,
             "mean_score": float,
             "misses": "Int64",
         }
+        if not self.saturation:
+            del columns["au_spro_05"]
         table = pd.DataFrame.from_dict(rows, orient="index", columns=list(columns)).astype(columns)
         return table.rename_axis("defect")
+
+    def _au_pro(self, chosen: np.ndarray, limit: float, saturated: bool = False) -> float | None:
+        """AU-PRO of some images, bool [N]; None if one of them has no mask."""
+        if self.sweep is None or (chosen & ~self._known).any():
+            return None
+        return self.sweep.au_pro(limit, np.flatnonzero(chosen[self._known]), saturated=saturated)
+
+    def decisions(self) -> pd.DataFrame:
+        """Return what each threshold does to the test set: a row for each, the deployed ones first.
+
+        Rows: "image" and "pixel", the detector's own, from held-out normal images; then "image, F1-max" and "pixel,
+        F1-max", which were chosen with the truth of the test set in hand and tell how well a threshold could do, not
+        how well one does. Columns: threshold, false_alarms (share of good images or normal pixels above it), found
+        (share of defective ones), f1; missing where a threshold or the truth is.
+        """
+        rows = {"image": self._decided(self.threshold), "pixel": self._marked(self.pixel_threshold)}
+        best = metrics.image_f1_max(self.scores, self.labels)[1]
+        rows["image, F1-max"] = self._decided(None if best is None else np.nextafter(best, -np.inf))
+        found = self.sweep if self._all_known else None
+        rows["pixel, F1-max"] = self._marked(found and np.nextafter(np.float32(found.f1_max[1]), np.float32(-np.inf)))
+        columns = ["threshold", "false_alarms", "found", "f1"]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=float)
+
+    def confusion(self) -> pd.DataFrame:
+        """Return how many test images of each truth (rows) got which decision (columns); empty without a threshold."""
+        if self.threshold is None:
+            return pd.DataFrame()
+        counts = np.bincount(2 * self.labels + (self.scores > self.threshold), minlength=4).reshape(2, 2)
+        return pd.DataFrame(counts, ["good", "defective"], ["called good", "called defective"]).rename_axis("truth")
+
+    def _decided(self, threshold: float | None) -> list[float | None]:
+        above = None if threshold is None else self.scores > threshold
+        counts = [0] * 4 if above is None else np.bincount(2 * self.labels + above, minlength=4)
+        return [threshold, *_shares(*counts)]
+
+    def _marked(self, threshold: float | None) -> list[float | None]:
+        counts = np.zeros(4, dtype=np.int64)
+        if threshold is not None and self._all_known:
+            for index in range(len(self.samples)):
+                counts += np.bincount((2 * self.mask(index) + (self.heat(index) > threshold)).ravel(), minlength=4)
+        return [threshold, *_shares(*counts)]
 
     def by_branch(self) -> pd.DataFrame:
         """Return the image AU-ROC of each map alone, its maximum taken as score: a row for each type of defect.
@@ -129,9 +195,39 @@ class Evaluation:
         }
         return pd.DataFrame.from_dict(rows, orient="index", dtype=float).rename_axis("defect")
 
-    def pro_curve(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return the curve under which AU-PRO is the area, see `metrics.pro_curve`; None if it cannot be computed."""
-        return self._pixel_metric(metrics.pro_curve, range(len(self.samples)))
+    def pro_curve(self) -> metrics.Curve | None:
+        """Return the curve under which AU-PRO is the area; None if it cannot be computed."""
+        return self.sweep.pro_curve() if self._all_known and self.sweep else None
+
+    @cached_property
+    def sweep(self) -> metrics.FoundShares | None:
+        """The pixel metrics of the images whose truth is known; None if there is no defective or no normal pixel."""
+        known = np.flatnonzero(self._known)
+        regions = _OnRequest(self._regions, known) if self.saturation else None
+        return metrics.sweep(_OnRequest(self.heat, known), _OnRequest(self.mask, known), regions)
+
+    @property
+    def _known(self) -> np.ndarray:
+        """Whether the pixels of each image are known to be normal or defective, bool [N]."""
+        return np.array([sample.label == 0 or sample.mask is not None for sample in self.samples])
+
+    @property
+    def _all_known(self) -> bool:
+        return bool(self._known.all())
+
+    def _regions(self, index: int) -> list[metrics.Region]:
+        """The annotated regions of an image, each mask of it one, saturated as its pixel value says."""
+        sample = self.samples[index]
+        if sample.mask is None:
+            return []
+        regions = []
+        for values in read_regions(sample.mask, self.sizes[index]):
+            mask, value = values >= sample.mask_level, int(values.max())
+            if value not in self.saturation:
+                known = ", ".join(map(str, sorted(self.saturation)))
+                raise ValueError(f"{sample.mask}: pixel value {value} has no saturation threshold, only {known} have.")
+            regions.append(metrics.Region(mask, self.saturation[value].pixels(int(mask.sum()))))
+        return regions
 
     def save(self, folder: str | Path) -> None:
         """Write `scores.csv` and, for row k of it, `maps/<k>.npz`; `load_maps` reads the latter.
@@ -170,10 +266,20 @@ class Evaluation:
         np.savez(packed, **halves)
         return packed.getvalue()
 
-    def _pixel_metric(self, metric: Callable, indices: Sequence[int]) -> float | None:
-        if any(self.samples[i].label and self.samples[i].mask is None for i in indices):
-            return None
-        return metric(_OnRequest(self.heat, indices), _OnRequest(self.mask, indices))
+    def save_tiffs(self, folder: str | Path) -> None:
+        """Write each combined map as float32 TIFF at its image's size, where the evaluation code of MVTec expects it.
+
+        That is `<folder>/test/<defect>/<image>.tiff`, the folders below `test` (or `test_public`) as in the data set.
+        Raises ValueError if two images would have the same file.
+        """
+        places = [_place(sample) for sample in self.samples]
+        for place, count in Counter(places).items():
+            if count > 1:
+                raise ValueError(f"{count} images would have their map in {place}: rename one of them.")
+        for index, place in enumerate(places):
+            packed = io.BytesIO()
+            Image.fromarray(self.heat(index)).save(packed, format="TIFF")
+            write_bytes(Path(folder) / place, packed.getvalue())
 
 
 def worst_mistakes(
@@ -212,6 +318,22 @@ class _OnRequest(Sequence):
 
 def _map_file(folder: Path, index: int) -> Path:
     return folder / "maps" / f"{index:05d}.npz"
+
+
+def _shares(normal: int, false_alarms: int, missed: int, found: int) -> list[float | None]:
+    """False alarms among the normal, found among the defective, and F1; None where nothing is known."""
+    if not normal + false_alarms or not missed + found:
+        return [None, None, None]
+    f1 = 2 * found / (2 * found + false_alarms + missed)
+    return [false_alarms / (normal + false_alarms), found / (missed + found), f1]
+
+
+def _place(sample: Sample) -> PurePosixPath:
+    """The path of an image's map below the folder of its category."""
+    parts = sample.image.parts
+    starts = [index for index, part in enumerate(parts[:-1]) if part in ("test", "test_public")]
+    below = parts[starts[-1] :] if starts else ("test", sample.defect, sample.image.name)
+    return PurePosixPath(*below).with_suffix(".tiff")
 
 
 def _shown(path: Path) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from effad_lib.datasets import Sample
+from effad_lib.datasets import Sample, Saturation
 from effad_lib.detector import AnomalyMaps, EfficientAD
 from effad_lib.evaluation.result import MAP_NAMES, Evaluation
 from effad_lib.images import ImageError, Size, read_image, read_mask, to_float
@@ -20,8 +20,16 @@ class EvaluationError(ValueError):
     """A detector or images that cannot be evaluated; the message names the image and the reason."""
 
 
-def evaluate(detector: EfficientAD, samples: Sequence[Sample], *, batch_size: int = 8) -> Evaluation:
+def evaluate(
+    detector: EfficientAD,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 8,
+    saturation: Mapping[int, Saturation] | None = None,
+) -> Evaluation:
     """Run a detector over samples and keep scores and maps, 12 bytes a pixel of the detector's input size.
+
+    `saturation` is that of the `Split`, for AU-sPRO.
 
     Images that cannot be read are left out, with one warning that names them. Raises `EvaluationError` if none
     remains or if a map is not finite (naming the image), and, before the first image is scored, `ImageError`
@@ -47,8 +55,8 @@ def evaluate(detector: EfficientAD, samples: Sequence[Sample], *, batch_size: in
     finally:
         detector.train(was_training)
     labels = np.array([sample.label for sample in kept])
-    threshold = getattr(detector, "threshold", None)
-    return Evaluation(tuple(kept), scores, labels, maps, tuple(sizes), threshold, tuple(skipped))
+    thresholds = (getattr(detector, name, None) for name in ("threshold", "pixel_threshold"))
+    return Evaluation(tuple(kept), scores, labels, maps, tuple(sizes), *thresholds, tuple(skipped), saturation or {})
 
 
 def _read(samples: Sequence[Sample], size: Size) -> tuple[torch.Tensor, list[Sample], list[Size], list[str]]:
@@ -61,7 +69,7 @@ def _read(samples: Sequence[Sample], size: Size) -> tuple[torch.Tensor, list[Sam
         except ImageError as error:
             return error
         if sample.mask is not None:
-            read_mask(sample.mask, original)
+            read_mask(sample.mask, original, sample.mask_level)
         return image, original
 
     images = torch.empty((len(samples), 3, *size), dtype=torch.uint8)
