@@ -1,34 +1,116 @@
-"""Map quantiles and decision threshold, from held-out normal images only (Algorithm 1, last part)."""
+"""Map quantiles (Algorithm 1, last part) and decision thresholds, from held-out normal images only."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import numpy as np
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
 from effad_lib.detector import EfficientAD
 from effad_lib.images import to_float
 from effad_lib.runs import RunError
+from effad_lib.settings import SettingsError
 
 QUANTILES = (0.9, 0.995)
 """q_a and q_b of the paper: they become 0 and 0.1 on the normalised scale."""
 
+MARKED = 0.001
+"""Share of an image's pixels above the pixel threshold that still counts as none: 65 pixels of 256×256, a speck."""
+
+
+def rank(normals: int, false_alarm_rate: float, confidence: float) -> int:
+    """Return which of so many normal scores, sorted from the lowest, counted from 1, is the threshold.
+
+    It is the lowest that at most `false_alarm_rate` of all new normal images exceed, with `confidence`. Of n images, at
+    least a share 1 − f of all others scores below the r-th with the probability that a binomial variable (n, 1 − f) is
+    less than r, whatever the distribution of the scores. A rate of 0 takes the highest, above which one new normal
+    image in n + 1 is expected. Raises `SettingsError` for values outside [0, 1) and (0, 1), and if there are too few
+    images for the wish, saying how many it needs.
+    """
+    if not 0 <= false_alarm_rate < 1:
+        raise SettingsError(f"false_alarm_rate = {false_alarm_rate!r}: takes a share from 0 to below 1.")
+    if not 0 < confidence < 1:
+        raise SettingsError(f"confidence = {confidence!r}: takes a probability between 0 and 1.")
+    if false_alarm_rate == 0:
+        return normals
+    below = int(binom.ppf(confidence, normals, 1 - false_alarm_rate))
+    if below >= normals:
+        needed = math.ceil(math.log(1 - confidence) / math.log1p(-false_alarm_rate))
+        raise SettingsError(
+            f"a false_alarm_rate of {false_alarm_rate:g} with confidence {confidence:g} needs {needed} held-out normal "
+            f"images, there are {normals}. Hold out more (more good images, a larger validation_share), or wish for "
+            f"less; 0 takes the highest score of those there are."
+        )
+    return below + 1
+
 
 @torch.inference_mode()
-def calibrate(detector: EfficientAD, images: Tensor, *, batch_size: int = 8) -> None:
-    """Set the detector's map quantiles and its threshold from held-out normal images.
+def calibrate(
+    detector: EfficientAD,
+    images: Tensor,
+    *,
+    false_alarm_rate: float = 0.0,
+    confidence: float = 0.95,
+    batch_size: int = 8,
+) -> None:
+    """Set the detector's map quantiles and its thresholds from held-out normal images.
 
     `images` uint8 [N, 3, H, W], never seen in training and never from a test set. The quantiles run over all values of
-    the raw maps, before padding and resizing. The threshold is the largest score of these images: one new normal image
-    in N + 1 is expected above it. Raises `RunError` if a map is not finite.
+    the raw maps, before padding and resizing. Thresholds as in `choose_thresholds`. Raises `RunError` if a map is not
+    finite, and `SettingsError` as `rank`.
     """
+    rank(len(images), false_alarm_rate, confidence)
     detector.eval()
-    batches = [to_float(batch.to(detector.device)) for batch in images.split(batch_size)]
-    maps = [torch.cat(detector.raw_maps(batch), dim=1).float().cpu() for batch in batches]
+    maps = [
+        torch.cat(detector.raw_maps(batch), dim=1).float().cpu() for batch in _batches(detector, images, batch_size)
+    ]
     values = torch.cat(maps).transpose(0, 1).flatten(1).numpy()
     if not np.isfinite(values).all():
         raise RunError("an anomaly map of a held-out normal image is not finite: the training has diverged.")
     # NumPy's quantile, as torch's refuses more than 2^24 values.
     quantiles = np.quantile(values, QUANTILES, axis=1).T
     detector.quantiles.copy_(torch.from_numpy(quantiles))
-    detector.threshold = max(float(detector(batch).score.max()) for batch in batches)
+    measure_normals(detector, images, batch_size=batch_size)
+    choose_thresholds(detector, false_alarm_rate, confidence)
+
+
+@torch.inference_mode()
+def measure_normals(detector: EfficientAD, images: Tensor, *, source: str = "", batch_size: int = 8) -> None:
+    """Store what a calibrated detector finds on normal images, from which `choose_thresholds` chooses.
+
+    `images` as in `calibrate`. `detector.calibration` gets the sorted image scores, the sorted values that all but
+    `MARKED` of an image's pixels stay below, and where the images came from, if a `source` is named.
+    """
+    detector.eval()
+    scores, pixels = [], []
+    for batch in _batches(detector, images, batch_size):
+        found = detector(batch)
+        scores += found.score.tolist()
+        pixels += np.quantile(found.combined.flatten(1).cpu().numpy(), 1 - MARKED, axis=1, method="higher").tolist()
+    if not np.isfinite(scores).all():
+        raise RunError("an anomaly map of a normal image is not finite: the training has diverged.")
+    detector.calibration = {"normals": len(scores), "scores": sorted(scores), "pixels": sorted(pixels)}
+    detector.calibration |= {"source": source} if source else {}
+
+
+def choose_thresholds(detector: EfficientAD, false_alarm_rate: float = 0.0, confidence: float = 0.95) -> None:
+    """Set a detector's thresholds for a false-alarm rate, from the normal images that `measure_normals` looked at.
+
+    With `confidence`, at most `false_alarm_rate` of all new normal images score above `threshold`, and at most as many
+    have more than the share `MARKED` of their pixels above `pixel_threshold`. Raises `SettingsError` as `rank`, and for
+    a model that stores no normal images.
+    """
+    stored = detector.calibration
+    if not stored:
+        raise SettingsError("this model stores no scores of normal images: measure some, `effad threshold --normals`.")
+    place = rank(stored["normals"], false_alarm_rate, confidence)
+    detector.threshold, detector.pixel_threshold = stored["scores"][place - 1], stored["pixels"][place - 1]
+    stored |= {"false_alarm_rate": false_alarm_rate, "confidence": confidence, "rank": place}
+
+
+def _batches(detector: EfficientAD, images: Tensor, batch_size: int) -> Iterable[Tensor]:
+    return (to_float(batch.to(detector.device)) for batch in images.split(batch_size))

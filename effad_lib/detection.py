@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from effad_lib import plots
@@ -19,7 +20,7 @@ from effad_lib.progress import progress
 from effad_lib.runs import write_bytes, write_text
 from effad_lib.settings import SettingsError
 
-COLUMNS = ("file", "score", "threshold", "decision", "error")
+COLUMNS = ("file", "score", "threshold", "decision", "marked", "error")
 
 
 def detect(
@@ -29,19 +30,24 @@ def detect(
     *,
     masks: str | Path | None = None,
     save_maps: bool = False,
+    save_masks: bool = False,
 ) -> pd.DataFrame:
     """Run a detector over an image, or over all images below a folder, and write what it finds into the folder `out`.
 
     For an image `a/b.jpg` of the folder: `heatmaps/a/b.jpg.png` (image and heatmap, on one scale for all images, with
-    the outline of its mask if `masks` has one) and with `save_maps` `maps/a/b.jpg.npy` (the combined anomaly map,
-    float32 [H, W] at the image's own size). `scores.csv`, which is also returned, has a row for each file: score,
-    threshold, decision ("good" or "defective": a score above the threshold) or the error why it was left out.
+    the outline of its mask if `masks` has one, and of what is above the detector's pixel threshold), with `save_maps`
+    `maps/a/b.jpg.npy` (the combined anomaly map, float32 [H, W] at the image's own size) and with `save_masks`
+    `masks/a/b.jpg.png` (255 above the pixel threshold, else 0). `scores.csv`, which is also returned, has a row for
+    each file: score, threshold, decision ("good" or "defective": a score above the threshold), the share of pixels that
+    is marked, missing for a model without pixel threshold, or the error why it was left out.
     `masks` is a folder with `a/b_mask.png` or `a/b.png`, or for a single image its mask. One image is in memory at a
-    time. Raises `ImageError` if there is no image, `SettingsError` for a model without threshold or with broken maps,
-    `RunError` if nothing can be written.
+    time. Raises `ImageError` if there is no image, `SettingsError` for a model without threshold, for one with broken
+    maps, and for `save_masks` without pixel threshold, `RunError` if nothing can be written.
     """
     if detector.threshold is None:
         raise SettingsError("this model has no threshold: calibrate it on held-out good images first.")
+    if save_masks and detector.pixel_threshold is None:
+        raise SettingsError("this model has no pixel threshold: choose one, `effad threshold MODEL --normals FOLDER`.")
     out = Path(out)
     found = _listed(Path(images), out)
     truths = _masks(masks, list(found))
@@ -52,13 +58,14 @@ def detect(
         bar = progress(found.items(), desc="detecting", unit="image")
         for name, path in bar:
             try:
-                score = _detect_one(detector, path, name, out, truths.get(_key(name)), scale, save_maps)
+                truth = truths.get(_key(name))
+                score, marked = _detect_one(detector, path, name, out, truth, scale, save_maps, save_masks)
             except ImageError as error:
                 bar.write(f"left out: {error}", file=sys.stderr)
-                rows.append((name.as_posix(), None, detector.threshold, "", str(error)))
+                rows.append((name.as_posix(), None, detector.threshold, "", None, str(error)))
                 continue
             decision = "defective" if score > detector.threshold else "good"
-            rows.append((name.as_posix(), score, detector.threshold, decision, ""))
+            rows.append((name.as_posix(), score, detector.threshold, decision, marked, ""))
     except KeyboardInterrupt:
         _write_table(rows, out)
         raise KeyboardInterrupt(f"stopped: {len(rows)} of {len(found)} images are done, see {out}") from None
@@ -110,7 +117,9 @@ def _detect_one(
     truth: Path | None,
     scale: plots.Scale,
     save_maps: bool,
-) -> float:
+    save_masks: bool,
+) -> tuple[float, float | None]:
+    """Write the results of one image; return its score and the share of its pixels that is marked."""
     image = read_image(path)
     mask = None if truth is None else read_mask(truth, image.shape[1:])
     small = torch.from_numpy(read_image(path, detector.image_size))[None]
@@ -124,16 +133,23 @@ def _detect_one(
         packed = io.BytesIO()
         np.save(packed, heat, allow_pickle=False)
         write_bytes(_inside(out, "maps", f"{name}.npy"), packed.getvalue())
+    marked = None if detector.pixel_threshold is None else heat > detector.pixel_threshold
+    if save_masks:
+        packed = io.BytesIO()
+        Image.fromarray(marked.astype(np.uint8) * 255).save(packed, format="PNG")
+        write_bytes(_inside(out, "masks", f"{name}.png"), packed.getvalue())
     # A dollar sign in a file's name would start mathematics in matplotlib.
     title = f"{name.as_posix()}: score {score:.3g}".replace("$", r"\$")
-    figure = plots.heatmap_panel(image, heat, mask, scale=scale, threshold=detector.threshold, title=title)
+    figure = plots.heatmap_panel(
+        image, heat, mask, scale=scale, threshold=detector.threshold, marked=marked, title=title
+    )
     try:
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=100)
     finally:
         plt.close(figure)
     write_bytes(_inside(out, "heatmaps", f"{name}.png"), drawn.getvalue())
-    return score
+    return score, None if marked is None else float(marked.mean())
 
 
 def _inside(out: Path, kind: str, name: str) -> Path:
@@ -145,6 +161,6 @@ def _inside(out: Path, kind: str, name: str) -> Path:
 
 
 def _write_table(rows: list[tuple], out: Path) -> pd.DataFrame:
-    table = pd.DataFrame(rows, columns=COLUMNS).astype({"score": float, "threshold": float})
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({"score": float, "threshold": float, "marked": float})
     write_text(out / "scores.csv", table.to_csv(index=False))
     return table

@@ -51,7 +51,9 @@ class EfficientAD(nn.Module):
         self.teacher = PDN(size, channels, padding).requires_grad_(False)
         self.student = PDN(size, 2 * channels, padding)
         self.autoencoder = Autoencoder(size, channels, padding)
-        self.threshold: float | None = None
+        self.threshold: float | None = None  # of the image score
+        self.pixel_threshold: float | None = None  # of the combined map
+        self.calibration: dict[str, Any] = {}  # what the thresholds were chosen from, see `calibration`
         self.card: dict[str, Any] = {}
         self.register_buffer("teacher_mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("teacher_std", torch.ones(1, channels, 1, 1))
@@ -91,7 +93,8 @@ class EfficientAD(nn.Module):
     def save(self, path: str | Path, card: dict[str, Any] | None = None) -> Path:
         """Save weights and card in one safetensors file, whole or not at all; the card is readable JSON metadata."""
         card = (self.card if card is None else card) | {name: getattr(self, name) for name in CARD_FIELDS}
-        card |= {"threshold": self.threshold, "effad": __version__}
+        card |= {"threshold": self.threshold, "pixel_threshold": self.pixel_threshold}
+        card |= {"calibration": self.calibration, "effad": __version__}
         self.card = json.loads(json.dumps(card))
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         metadata = {"effad_card": json.dumps(self.card)}
@@ -115,4 +118,5 @@ class EfficientAD(nn.Module):
                 f"model {path}: not a whole effad model ({reason}). Train or fetch it again."
             ) from error
         detector.card, detector.threshold = card, card["threshold"]
+        detector.pixel_threshold, detector.calibration = card.get("pixel_threshold"), card.get("calibration", {})
         return detector.eval().to(device)

@@ -33,6 +33,8 @@ PALETTE = sns.color_palette("colorblind")
 GOOD, DEFECTIVE = PALETTE[0], PALETTE[1]
 OUTLINE = "#00e5ff"
 """Of the ground truth: a colour that does not occur in `HEAT`."""
+PREDICTED = "white"
+"""Of what the detector marks."""
 
 BARE = {"xticks": [], "yticks": [], "frame_on": False}
 """Axes for pictures."""
@@ -116,23 +118,27 @@ def heatmap_panel(
     *,
     scale: Scale,
     threshold: float | None = None,
+    marked: np.ndarray | None = None,
     title: str = "",
 ) -> Figure:
     """One image and the same image under its anomaly map, with the outline of the truth if there is a mask.
 
-    image as in `plot_images`; heat [H, W], of any size; scale, threshold as in `plot_heatmaps`. The overlay
-    grows from clear to opaque along the scale, so that cold areas of the image stay visible.
+    image as in `plot_images`; heat [H, W], of any size; scale, threshold as in `plot_heatmaps`; marked: the mask that
+    the detector predicts, outlined on the map. The overlay grows from clear to opaque along the scale, so that cold
+    areas of the image stay visible.
     """
     norm = _norm(scale)
     picture, heat = _picture(image), np.asarray(heat)
     height = min(WIDTH / 2.15 * picture.shape[0] / picture.shape[1] + 0.4, WIDTH)
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, height), subplot_kw=BARE, layout="constrained")
-    for ax, name in zip(axes, ("image" if mask is None else "image, ground truth", "anomaly map"), strict=True):
+    names = "image" if mask is None else "image, ground truth", "anomaly map" + ("" if marked is None else ", marked")
+    for ax, name in zip(axes, names, strict=True):
         ax.imshow(picture)
         ax.set_title(name, fontsize=10)
     opacity = 0.1 + 0.8 * np.clip(norm(heat), 0, 1).filled(1)
     drawn = axes[1].imshow(heat, cmap=HEAT, norm=norm, extent=_extent(picture), alpha=opacity)
     _outline(axes[0], mask, picture.shape)
+    _outline(axes[1], marked, picture.shape, PREDICTED)
     _heat_bar(fig, drawn, [axes[1]], threshold)
     if title:
         fig.suptitle(title, fontsize=11)
@@ -204,7 +210,7 @@ def plot_roc(scores: np.ndarray, labels: np.ndarray) -> Figure:
 def plot_pro_curve(fpr: np.ndarray, overlap: np.ndarray, area: float | None = None, fpr_limit: float = 0.3) -> Figure:
     """Per-region overlap against false-positive rate, filled up to the limit that AU-PRO is computed to.
 
-    fpr, overlap: float [V] from `metrics.pro_curve`; area: the value of `metrics.au_pro`, for the legend.
+    fpr, overlap: float [V] from `FoundShares.pro_curve`; area: the value of its `au_pro`, for the legend.
     """
     label = "overlap" if area is None else f"AU-PRO {area:.3f} up to {fpr_limit:g}"
     axes = ("normal pixels called defective (share)", "overlap with a region (mean over regions)")
@@ -313,14 +319,14 @@ def _extent(picture: np.ndarray) -> tuple[float, float, float, float]:
     return -0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5
 
 
-def _outline(ax: Axes, mask: np.ndarray | None, shape: Sequence[int]) -> None:
+def _outline(ax: Axes, mask: np.ndarray | None, shape: Sequence[int], colour: str = OUTLINE) -> None:
     """Draw the border of a mask of any size over a picture of this shape."""
     if mask is None or not np.any(mask):
         return
     padded = np.pad(np.asarray(mask, dtype=float), 1)  # so that the border closes at the image's edge
     y, x = ((np.arange(-1, side + 1) + 0.5) * to / side - 0.5 for side, to in zip(np.shape(mask), shape, strict=False))
     ax.autoscale(False)
-    ax.contour(x, y, padded, levels=[0.5], colors=OUTLINE, linewidths=1.2)
+    ax.contour(x, y, padded, levels=[0.5], colors=colour, linewidths=1.2)
 
 
 def _heat_bar(fig: Figure, drawn: AxesImage, axes: Sequence[Axes], threshold: float | None) -> None:

@@ -1,5 +1,6 @@
 """Detection: the results of each image where its name says, and one bad file that stops nothing."""
 
+import copy
 import csv
 import errno
 import os
@@ -27,13 +28,15 @@ def test_each_image_gets_its_picture_score_and_map(small_detector, picture, tmp_
     images, out = tmp_path / "images", tmp_path / "out"
     path = picture(images / "line 1" / "deep" / "a.png")
     picture(images / "b.jpg", size=(64, 64), seed=1)
-    table = detect(small_detector, images, out, save_maps=True)
+    table = detect(small_detector, images, out, save_maps=True, save_masks=True)
 
     assert files(out) == [
         "heatmaps/b.jpg.png",
         "heatmaps/line 1/deep/a.png.png",
         "maps/b.jpg.npy",
         "maps/line 1/deep/a.png.npy",
+        "masks/b.jpg.png",
+        "masks/line 1/deep/a.png.png",
         "scores.csv",
     ]
     small = to_float(torch.from_numpy(read_image(path, (64, 64)))[None])
@@ -46,10 +49,13 @@ def test_each_image_gets_its_picture_score_and_map(small_detector, picture, tmp_
     assert stored.dtype == np.float32 and stored.shape == (80, 96)
     resized = functional.interpolate(expected.combined, (80, 96), mode="bilinear")[0, 0]
     np.testing.assert_allclose(stored, resized.numpy(), rtol=1e-4, atol=1e-5)
+    marked = np.asarray(Image.open(out / "masks" / "line 1" / "deep" / "a.png.png"))
+    assert np.array_equal(marked, np.where(stored > small_detector.pixel_threshold, 255, 0))
+    assert row["marked"] == pytest.approx((marked > 0).mean())
     with open(out / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == ["b.jpg", "line 1/deep/a.png"]
-    assert list(rows[0]) == ["file", "score", "threshold", "decision", "error"]
+    assert list(rows[0]) == ["file", "score", "threshold", "decision", "marked", "error"]
 
 
 def test_the_decision_is_a_score_above_the_threshold(small_detector, picture, tmp_path, monkeypatch):
@@ -205,3 +211,13 @@ def test_no_figure_is_left_open(small_detector, picture, tmp_path):
         warnings.simplefilter("error", RuntimeWarning)
         detect(small_detector, picture(tmp_path / "a.png"), tmp_path / "out")
     assert plt.get_fignums() == before
+
+
+def test_a_model_without_pixel_threshold_marks_nothing_and_says_how_to_get_one(small_detector, picture, tmp_path):
+    old = copy.deepcopy(small_detector)
+    old.pixel_threshold = None
+    picture(tmp_path / "images" / "a.png")
+    with pytest.raises(SettingsError, match=r"no pixel threshold.*effad threshold MODEL --normals"):
+        detect(old, tmp_path / "images", tmp_path / "out", save_masks=True)
+    table = detect(old, tmp_path / "images", tmp_path / "out")
+    assert table["marked"].isna().all() and not (tmp_path / "out" / "masks").exists()

@@ -155,7 +155,7 @@ def test_a_training_out_of_patience_takes_no_further_step(start, monkeypatch):
     losses = iter([1.0, 2.0, 3.0, 4.0])
     monkeypatch.setattr(training.Trainer, "validation_losses", lambda self: (next(losses), 0.0, 0.0))
     calibrate = training.calibrate
-    monkeypatch.setattr(training, "calibrate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(training, "calibrate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         start("run", patience=1, steps=20)
     monkeypatch.setattr(training, "calibrate", calibrate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from effad_lib.calibration import calibrate
+from effad_lib.calibration import calibrate, rank
 from effad_lib.datasets import Split, verify_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import load_teacher
@@ -45,6 +45,7 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
     run.start(settings, {"teacher": teacher_card["sha256"]})
     if run.model.is_file():
         return EfficientAD.load(run.model, device)
+    rank(len(split.validation), settings.false_alarm_rate, settings.confidence)
     verify_masks(split)
     natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
     size = tuple(settings.image_size)
@@ -71,6 +72,7 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
         "settings": settings.as_dict() | {"run_folder": run.folder.name, "data_root": "", "penalty_images": ""},
         "torch": torch.__version__,
     }
-    calibrate(detector, trainer.validation)
+    decision = {name: getattr(settings, name) for name in ("false_alarm_rate", "confidence")}
+    calibrate(detector, trainer.validation, **decision)
     detector.save(run.model)
     return detector.eval()

@@ -41,6 +41,8 @@ class TrainingSettings(Settings):
     penalty_images: str = ""  # folder of natural images; "" takes the photographs inside installed packages
     penalty_crop_scale: list[float] = ()  # [low, high]: random crops of this share; [] see `penalty_crops`
     validation_share: float = 0.1  # of the training images, held out for calibration and checkpoints
+    false_alarm_rate: float = 0.0  # of new normal images at most, for the threshold; 0: the highest held-out score
+    confidence: float = 0.95  # with which the false-alarm rate is kept
     validate_every: int = 1000  # steps between validation losses
     patience: int = 0  # stop after so many validations without a better loss; 0 never does
     checkpoint: str = "last"  # which weights become the model: "last" (paper) or "best" validation loss
@@ -67,6 +69,8 @@ class TrainingSettings(Settings):
         sound = not crop or (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1)
         self.require(sound, "penalty_crop_scale", "[] or two shares of the area, 0 < low <= high <= 1")
         self.require(0 < self.validation_share < 1, "validation_share", "a share between 0 and 1")
+        self.require(0 <= self.false_alarm_rate < 1, "false_alarm_rate", "a share from 0 to below 1")
+        self.require(0 < self.confidence < 1, "confidence", "a probability between 0 and 1")
         self.require(self.ablation_steps >= 0, "ablation_steps", "zero or a number of steps")
         self.require(self.patience >= 0, "patience", "zero or a number of validations")
         self.require(self.checkpoint in ("last", "best"), "checkpoint", "'last' or 'best'")
