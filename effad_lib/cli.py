@@ -258,22 +258,34 @@ def train(options: argparse.Namespace) -> int:
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad evaluate`."""
-    parser.add_argument("run", metavar="RUN", help="the folder of a finished training")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folders of finished trainings")
+    parser.add_argument(
+        "--save-tiffs", metavar="FOLDER", help="also write the maps as MVTec's evaluation code reads them"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Measure a trained run on its test images; writes metrics.json, scores.csv and maps into it."""
-    from effad_lib import batch, evaluation
+    """Measure trained runs on their test images; writes metrics.json, scores.csv, maps and report.html into each."""
+    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, no window is opened
+    from effad_lib import batch, evaluation, reports
 
-    folder = Path(options.run).expanduser().resolve()
-    detector, _, found = evaluation.evaluate_run(folder, options.device)
-    evaluation.finish_run(folder, detector, found)
-    print(batch.as_text(batch.results([folder])))
-    if len(table := found.by_defect()):
-        print(f"\n{table.round(3).to_string(na_rep='–')}")
-    for note in found.notes:
-        print(note)
+    folders = [Path(run).expanduser().resolve() for run in options.runs]
+    for folder in folders:
+        detector, split, found = evaluation.evaluate_run(folder, options.device)
+        if options.save_tiffs:
+            found.save_tiffs(Path(options.save_tiffs).expanduser() / split.name.rpartition("/")[2])
+        result = evaluation.finish_run(folder, detector, found)
+        page = reports.write_report(folder, found, detector.image_size, result)
+        print(batch.as_text(batch.results([folder])))
+        for table in (found.by_defect(), found.decisions()):
+            if len(table):
+                print(f"\n{table.round(3).to_string(na_rep='–')}")
+        print(f"\n{result['latency_ms']:.1f} ms an image ({result['latency_on']}); {page}")
+        for note in found.notes:
+            print(note)
+    if len(folders) > 1:
+        print(f"\n{reports.beside_published(folders)}")
     return 0
 
 
@@ -284,6 +296,7 @@ def detect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="detections", help="folder for the results (default: detections)")
     parser.add_argument("--masks", help="ground truth to outline: a folder with <name>_mask.png, or one mask")
     parser.add_argument("--save-maps", action="store_true", help="also write the raw maps (float32 .npy)")
+    parser.add_argument("--save-masks", action="store_true", help="also write what is above the pixel threshold (.png)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
 
 
@@ -296,13 +309,58 @@ def detect(options: argparse.Namespace) -> int:
     from effad_lib.settings import pick_device
 
     detector = EfficientAD.load(Path(options.model).expanduser(), pick_device(options.device))
-    table = detection.detect(detector, options.images, options.out, masks=options.masks, save_maps=options.save_maps)
+    wanted = {name: getattr(options, name) for name in ("masks", "save_maps", "save_masks")}
+    table = detection.detect(detector, options.images, options.out, **wanted)
     left_out = int((table["error"] != "").sum())
     if left_out == len(table):
         raise ImageError(f"none of {len(table)} images could be read; see {Path(options.out) / 'scores.csv'}.")
     defective = int((table["decision"] == "defective").sum())
     print(f"{len(table) - left_out} images, {defective} defective, {left_out} left out: see {options.out}")
     return 1 if left_out else 0
+
+
+def threshold_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad threshold`."""
+    from effad_lib.training import TrainingSettings
+
+    parser.add_argument("model", metavar="MODEL", help="a model.safetensors")
+    names = ("false_alarm_rate", "confidence")
+    add_options(parser, [option for option in settings_options(TrainingSettings) if option.name in names])
+    parser.add_argument(
+        "--normals", metavar="FOLDER", help="good images, not from training; default: those of the model"
+    )
+    parser.add_argument("--out", metavar="FILE", help="where to write the model (default: in its place)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+
+
+def threshold(options: argparse.Namespace) -> int:
+    """Choose a model's thresholds anew, for a false-alarm rate on normal images; its weights stay."""
+    from effad_lib import calibration
+    from effad_lib.detector import EfficientAD
+    from effad_lib.images import find_images, load_images
+    from effad_lib.settings import pick_device
+
+    path = Path(options.model).expanduser()
+    detector = EfficientAD.load(path, pick_device(options.device))
+    wish = {name: getattr(options, name) for name in ("false_alarm_rate", "confidence") if hasattr(options, name)}
+    if options.normals:
+        files = find_images(Path(options.normals).expanduser())
+        calibration.rank(len(files), **{"false_alarm_rate": 0.0, "confidence": 0.95} | wish)
+        calibration.measure_normals(
+            detector, load_images(files, detector.image_size), source=Path(options.normals).name
+        )
+    calibration.choose_thresholds(detector, **wish)
+    rule = detector.calibration
+    print(detector.save(Path(options.out).expanduser() if options.out else path))
+    print(f"image threshold {detector.threshold:.4g}, pixel threshold {detector.pixel_threshold:.4g}")
+    share = f"{rule['false_alarm_rate']:g} of new normal images exceed them, with confidence {rule['confidence']:g}"
+    kept = (
+        f"at most {share}"
+        if rule["false_alarm_rate"]
+        else f"one new normal image in {rule['normals'] + 1} expected above"
+    )
+    print(f"number {rule['rank']} of {rule['normals']} normal images: {kept}")
+    return 0
 
 
 Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
@@ -315,6 +373,7 @@ COMMANDS: dict[str, Command] = {
     "probe": (probe_options, probe),
     "train": (train_options, train),
     "evaluate": (evaluate_options, evaluate),
+    "threshold": (threshold_options, threshold),
     "detect": (detect_options, detect),
 }
 

@@ -16,7 +16,7 @@ from effad_lib.runs import PROJECT
 
 ROOMS = (
     "settings progress images runs synthesis networks metrics losses backbones datasets detector distillation "
-    "calibration training plots charts diagrams evaluation probing detection profiles batch cli"
+    "calibration training plots charts diagrams evaluation probing detection profiles batch published reports cli"
 ).split()
 """The rooms of effad_lib, ground floor first: each may import only those before it."""
 

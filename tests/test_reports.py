@@ -1,0 +1,83 @@
+"""The page of a run, and several runs beside each other and the published figures."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from effad_lib import reports
+from effad_lib.datasets import Sample
+from effad_lib.detector import AnomalyMaps
+from effad_lib.evaluation import Evaluation
+from effad_lib.published import PAPER, REPRODUCED, published
+from effad_lib.runs import RunError
+from effad_lib.training import TrainingSettings
+
+
+@pytest.fixture
+def found(picture, tmp_path):
+    """Six images, three of them defective without masks; a miss and a false alarm."""
+    scores = np.array([0.1, 0.2, 0.9, 0.3, 0.8, 1.4])
+    paths = [picture(tmp_path / f"{k}.png", seed=k) for k in range(6)]
+    samples = [Sample(path, None, int(k > 2), "dent" if k > 2 else "good <&>") for k, path in enumerate(paths)]
+    maps = np.broadcast_to(scores[:, None, None], (6, 64, 64)).astype(np.float32)
+    labels, sizes = np.repeat([0, 1], 3), ((64, 64),) * 6
+    return Evaluation(tuple(samples), scores, labels, AnomalyMaps(maps, maps, maps), sizes, 0.5)
+
+
+def test_the_page_has_all_tables_and_every_figure_it_shows(found, tmp_path):
+    page = reports.write_report(tmp_path / "run", found, (64, 64), {"data": "mine <script>", **found.metrics()})
+    text = page.read_text(encoding="utf-8")
+    assert page == tmp_path / "run" / "report.html" and "<script>" not in text and "&lt;script&gt;" in text
+    pictures = re.findall(r'src="([^"]+)"', text)
+    assert pictures == [f"figures/{name}.png" for name in ("scores", "roc", "misses", "false_alarms")]
+    assert all((page.parent / name).stat().st_size > 5000 for name in pictures)
+    assert f"{found.metrics()['image_auroc']:.3f}" in text and "have no mask" in text and "called defective" in text
+
+
+def write_run(folder, seed, auroc, *, data="mvtec_ad/screw", steps=100, au_pro=0.9):
+    """A run folder as `effad evaluate` leaves it."""
+    folder.mkdir(parents=True)
+    made = TrainingSettings(seed=seed, run_folder=str(folder), steps=steps, dataset="mvtec_ad", category="screw")
+    (folder / "parameters.yaml").write_text(yaml.safe_dump(made.as_dict()))
+    result = {"data": data, "image_auroc": auroc, "image_ap": 0.9, "pixel_auroc": None, "au_pro": au_pro, "size": "S"}
+    (folder / "metrics.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_seeds_make_a_mean_and_a_deviation_and_other_settings_another_row(tmp_path):
+    runs = [write_run(tmp_path / str(seed), seed, auroc) for seed, auroc in enumerate([0.7, 0.8, 0.9])]
+    longer = write_run(tmp_path / "longer", 0, 0.95, steps=200)
+    table = reports.across([*runs, longer])
+    assert table.index.tolist() == ["mvtec_ad/screw S, steps 100", "mvtec_ad/screw S, steps 200"]
+    assert table["runs"].tolist() == [3, 1]
+    assert table["image_auroc", "mean"].tolist() == pytest.approx([0.8, 0.95])
+    assert table["image_auroc", "deviation"].iloc[0] == pytest.approx(np.std([0.7, 0.8, 0.9], ddof=1))
+    assert pd.isna(table["image_auroc", "deviation"].iloc[1]) and "pixel_auroc" not in table
+    with pytest.raises(RunError, match=r"holds no evaluation.*effad evaluate"):
+        reports.across([tmp_path / "nothing"])
+
+
+def test_published_figures_and_departures_stand_beside_ours(tmp_path):
+    runs = [write_run(tmp_path / str(seed), seed, auroc) for seed, auroc in enumerate([0.7, 0.8])]
+    text = reports.beside_published(runs)
+    assert "0.750 ± 0.071" in text and "mvtec_ad/screw S" in text
+    assert re.search(r"best-known public reproduction, screw +0\.979 +0\.956", text)
+    assert "steps: 100 (paper: 70000)" in text and text.count("teacher: ") == 1  # once for both runs
+    own = write_run(tmp_path / "own", 0, 0.5, data="folder/mine")
+    assert "Published" not in reports.beside_published([own])
+
+
+def test_the_published_means_are_those_of_the_categories():
+    table = pd.DataFrame(REPRODUCED).T
+    assert len(table) == 15
+    assert table.mean().tolist() == pytest.approx([99.03, 93.28, 99.09, 93.74], abs=0.03)
+    for size in ("S", "M"):
+        loco = PAPER["mvtec_loco"][size]
+        kinds = [loco["image_auroc_logical"], loco["image_auroc_structural"]]
+        assert loco["image_auroc_mean"] == pytest.approx(np.mean(kinds), abs=1e-3)
+    assert published("mvtec_ad/screw", "M").loc["best-known public reproduction, screw", "au_pro"] == 0.973
+    assert not len(published("mvtec_ad/screw", "XS").dropna(how="all")) and not len(published("folder/x", "S"))
