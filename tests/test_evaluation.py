@@ -23,6 +23,7 @@ from effad_lib.evaluation import (
     evaluate_run,
     finish_run,
     load_maps,
+    unnormalised_scores,
     worst_mistakes,
 )
 from effad_lib.images import ImageError, read_image, read_mask
@@ -373,3 +374,16 @@ def test_settings_are_checked():
         EvaluationSettings(device="gpu")
     with pytest.raises(SettingsError, match=r"unknown parameter 'run_foldr'.*Did you mean 'run_folder'"):
         EvaluationSettings.from_mapping({"run_foldr": "runs/a"})
+
+
+def test_without_quantiles_the_raw_maps_are_averaged(small_detector, samples):
+    detector = copy.deepcopy(small_detector)
+    detector.quantiles.copy_(torch.tensor([[0.1, 0.3], [0.2, 0.9]]))
+    found = evaluate(detector, samples[::2])
+    images = torch.stack([torch.from_numpy(read_image(sample.image, (64, 64))) for sample in samples[::2]]) / 255
+    detector.quantiles.copy_(torch.tensor([[0.0, 0.1], [0.0, 0.1]]))  # leaves the raw maps as they are
+    with torch.inference_mode():
+        expected = detector(images).score
+    detector.quantiles.copy_(torch.tensor([[0.1, 0.3], [0.2, 0.9]]))
+    assert unnormalised_scores(detector, found) == pytest.approx(expected.numpy(), rel=1e-4)
+    assert found.scores != pytest.approx(expected.numpy(), rel=1e-2)

@@ -10,7 +10,7 @@ import yaml
 
 from effad_lib.datasets import Split, load_dataset
 from effad_lib.detector import EfficientAD
-from effad_lib.evaluation.baselines import blind_scores, brightness_scores
+from effad_lib.evaluation.baselines import blind_scores, brightness_scores, unnormalised_scores
 from effad_lib.evaluation.latency import latency
 from effad_lib.evaluation.result import MAP_NAMES, Evaluation, load_maps, worst_mistakes
 from effad_lib.evaluation.scoring import EvaluationError, evaluate
@@ -29,6 +29,7 @@ __all__ = [
     "finish_run",
     "latency",
     "load_maps",
+    "unnormalised_scores",
     "worst_mistakes",
 ]
 

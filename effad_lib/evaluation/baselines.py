@@ -1,4 +1,4 @@
-"""Detectors that have learned nothing, to compare with."""
+"""Scores to compare with: of detectors that have learned nothing, and of ours without its normalisation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from effad_lib.datasets import Sample
 from effad_lib.detector import EfficientAD
+from effad_lib.evaluation.result import Evaluation
 from effad_lib.images import Size, load_images, to_float
 from effad_lib.progress import progress
 
@@ -40,3 +41,14 @@ def blind_scores(detector: EfficientAD, samples: Sequence[Sample], *, batch_size
             features = detector.teacher_features(detector.normalise(to_float(batch.to(detector.device))))
             scores.append(features.square().mean(dim=1).amax(dim=(1, 2)).cpu())
     return torch.cat(scores).numpy()
+
+
+def unnormalised_scores(detector: EfficientAD, found: Evaluation) -> np.ndarray:
+    """Score images by the plain mean of the two raw maps, float [N], its largest value: without map quantiles.
+
+    What the paper's first ablation compares with: the map that varies more then rules the other. `found` is what the
+    detector found.
+    """
+    low, high = (value.reshape(2, 1, 1, 1) for value in detector.quantiles.T.double().cpu().numpy())
+    maps = np.stack([found.maps.student_teacher, found.maps.student_autoencoder])
+    return (maps * (high - low) / 0.1 + low).mean(axis=0).max(axis=(1, 2))
