@@ -97,19 +97,21 @@ def measure_normals(detector: EfficientAD, images: Tensor, *, source: str = "", 
     detector.calibration |= {"source": source} if source else {}
 
 
-def choose_thresholds(detector: EfficientAD, false_alarm_rate: float = 0.0, confidence: float = 0.95) -> None:
+def choose_thresholds(detector: EfficientAD, false_alarm_rate: float, confidence: float) -> None:
     """Set a detector's thresholds for a false-alarm rate, from the normal images that `measure_normals` looked at.
 
     With `confidence`, at most `false_alarm_rate` of all new normal images score above `threshold`, and at most as many
-    have more than the share `MARKED` of their pixels above `pixel_threshold`. Raises `SettingsError` as `rank`, and for
-    a model that stores no normal images.
+    have more than the share `MARKED` of their pixels above `pixel_threshold`, which is never the higher of the two.
+    `detector.calibration` keeps rate, confidence and rank. Raises `SettingsError` as `rank`, and for a model that
+    stores no normal images.
     """
     stored = detector.calibration
     if not stored:
         raise SettingsError("this model stores no scores of normal images: measure some, `effad threshold --normals`.")
     place = rank(stored["normals"], false_alarm_rate, confidence)
     detector.threshold, detector.pixel_threshold = stored["scores"][place - 1], stored["pixels"][place - 1]
-    stored |= {"false_alarm_rate": false_alarm_rate, "confidence": confidence, "rank": place}
+    rule = {"false_alarm_rate": false_alarm_rate, "confidence": confidence, "rank": place}
+    detector.calibration = stored | rule
 
 
 def _batches(detector: EfficientAD, images: Tensor, batch_size: int) -> Iterable[Tensor]:

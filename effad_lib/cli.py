@@ -321,16 +321,20 @@ def detect(options: argparse.Namespace) -> int:
 
 def threshold_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad threshold`."""
-    from effad_lib.training import TrainingSettings
-
     parser.add_argument("model", metavar="MODEL", help="a model.safetensors")
-    names = ("false_alarm_rate", "confidence")
-    add_options(parser, [option for option in settings_options(TrainingSettings) if option.name in names])
+    add_options(parser, _decision_options())
     parser.add_argument(
         "--normals", metavar="FOLDER", help="good images, not from training; default: those of the model"
     )
     parser.add_argument("--out", metavar="FILE", help="where to write the model (default: in its place)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+
+
+def _decision_options() -> list[Option]:
+    from effad_lib.training import TrainingSettings
+
+    names = ("false_alarm_rate", "confidence")
+    return [option for option in settings_options(TrainingSettings) if option.name in names]
 
 
 def threshold(options: argparse.Namespace) -> int:
@@ -339,27 +343,28 @@ def threshold(options: argparse.Namespace) -> int:
     from effad_lib.detector import EfficientAD
     from effad_lib.images import find_images, load_images
     from effad_lib.settings import pick_device
+    from effad_lib.training import TrainingSettings
 
     path = Path(options.model).expanduser()
+    settings = TrainingSettings.from_mapping(given(options, _decision_options()))
+    rate, confidence = settings.false_alarm_rate, settings.confidence
     detector = EfficientAD.load(path, pick_device(options.device))
-    wish = {name: getattr(options, name) for name in ("false_alarm_rate", "confidence") if hasattr(options, name)}
     if options.normals:
-        files = find_images(Path(options.normals).expanduser())
-        calibration.rank(len(files), **{"false_alarm_rate": 0.0, "confidence": 0.95} | wish)
-        calibration.measure_normals(
-            detector, load_images(files, detector.image_size), source=Path(options.normals).name
-        )
-    calibration.choose_thresholds(detector, **wish)
-    rule = detector.calibration
+        folder = Path(options.normals).expanduser().resolve()
+        files = find_images(folder)
+        calibration.rank(len(files), rate, confidence)  # refused before any image is read
+        images = load_images(files, detector.image_size, description="reading normal images")
+        calibration.measure_normals(detector, images, source=folder.name)
+    calibration.choose_thresholds(detector, rate, confidence)
+    chosen = detector.calibration
+    kept = f"; at most {rate:.3g} with confidence {confidence:g}" if rate else ""
+    above = (chosen["normals"] + 1 - chosen["rank"]) / (chosen["normals"] + 1)
+    print(f"normal images    {chosen['normals']}, {chosen.get('source', 'held out from training')}")
+    print(f"rank             {chosen['rank']} of {chosen['normals']}")
+    print(f"false alarms     a share of {above:.3g} expected{kept}")
+    print(f"image threshold  {detector.threshold:.4g}")
+    print(f"pixel threshold  {detector.pixel_threshold:.4g}")
     print(detector.save(Path(options.out).expanduser() if options.out else path))
-    print(f"image threshold {detector.threshold:.4g}, pixel threshold {detector.pixel_threshold:.4g}")
-    share = f"{rule['false_alarm_rate']:g} of new normal images exceed them, with confidence {rule['confidence']:g}"
-    kept = (
-        f"at most {share}"
-        if rule["false_alarm_rate"]
-        else f"one new normal image in {rule['normals'] + 1} expected above"
-    )
-    print(f"number {rule['rank']} of {rule['normals']} normal images: {kept}")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,6 +20,8 @@ from effad_lib.images import ImageError, find_images, read_image, read_mask, to_
 from effad_lib.progress import progress
 from effad_lib.runs import write_bytes, write_text
 from effad_lib.settings import SettingsError
+
+NO_PIXEL_THRESHOLD = "this model has no pixel threshold: choose one, `effad threshold MODEL --normals FOLDER`."
 
 COLUMNS = ("file", "score", "threshold", "decision", "marked", "error")
 
@@ -39,7 +42,8 @@ def detect(
     `maps/a/b.jpg.npy` (the combined anomaly map, float32 [H, W] at the image's own size) and with `save_masks`
     `masks/a/b.jpg.png` (255 above the pixel threshold, else 0). `scores.csv`, which is also returned, has a row for
     each file: score, threshold, decision ("good" or "defective": a score above the threshold), the share of pixels that
-    is marked, missing for a model without pixel threshold, or the error why it was left out.
+    is marked, missing for a model without pixel threshold (a warning says how to get one), or the error why it was left
+    out.
     `masks` is a folder with `a/b_mask.png` or `a/b.png`, or for a single image its mask. One image is in memory at a
     time. Raises `ImageError` if there is no image, `SettingsError` for a model without threshold, for one with broken
     maps, and for `save_masks` without pixel threshold, `RunError` if nothing can be written.
@@ -47,7 +51,9 @@ def detect(
     if detector.threshold is None:
         raise SettingsError("this model has no threshold: calibrate it on held-out good images first.")
     if save_masks and detector.pixel_threshold is None:
-        raise SettingsError("this model has no pixel threshold: choose one, `effad threshold MODEL --normals FOLDER`.")
+        raise SettingsError(NO_PIXEL_THRESHOLD)
+    if detector.pixel_threshold is None:
+        warnings.warn(f"no pixels are marked: {NO_PIXEL_THRESHOLD}", stacklevel=2)
     out = Path(out)
     found = _listed(Path(images), out)
     truths = _masks(masks, list(found))

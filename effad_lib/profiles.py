@@ -188,7 +188,7 @@ def _typed(defaults: dict[str, Any], given: dict[str, Any]) -> Settings:
 def _check_training(settings: TrainingSettings) -> None:
     """Raise for a teacher or a data set that is not there; data that an earlier step makes is not asked for."""
     load_teacher(settings.teacher or settings.size, padding=settings.padding)
-    if settings.dataset in ("elpv", "mvtec_ad"):
+    if settings.dataset in ("elpv", "mvtec_ad", "mvtec_ad_2", "mvtec_loco", "visa", "btad"):
         load_dataset(settings.dataset, root=settings.data_root, category=settings.category)
 
 

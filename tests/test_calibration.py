@@ -1,15 +1,19 @@
 """Decision thresholds: order statistics of held-out normal images, chosen, stored and chosen again."""
 
 import json
+import re
 from math import comb
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from effad_lib.calibration import MARKED, calibrate, choose_thresholds, measure_normals, rank
 from effad_lib.cli import main
 from effad_lib.detector import EfficientAD
+from effad_lib.images import load_images, to_float
 from effad_lib.runs import RunError
 from effad_lib.settings import SettingsError
 
@@ -47,12 +51,26 @@ def test_the_error_says_how_many_normal_images_the_wish_needs():
             rank(100, rate, confidence)
 
 
-def test_the_promise_holds_for_drawn_scores():
+def test_by_hand():
+    """Four scores, a rate of ½: of four coins fewer than r = 1, 2, 3, 4 show heads in 1, 5, 11, 15 of 16 cases."""
+    assert [kept(4, place, 0.5) * 16 for place in (1, 2, 3, 4)] == [1, 5, 11, 15]
+    assert rank(4, 0.5, 0.5) == 3 and rank(4, 0.5, 0.9) == 4
+    with pytest.raises(SettingsError, match="needs 5 held-out"):
+        rank(4, 0.5, 0.95)
+
+
+@pytest.mark.parametrize("levels", [0, 20])
+def test_the_promise_holds_for_drawn_scores(levels):
+    """Of uniform scores a share 1 − t lies above t; of those rounded down to a few levels, which have ties, less."""
     rng, normals, rate, confidence = np.random.default_rng(0), 100, 0.1, 0.9
     place = rank(normals, rate, confidence)
-    scores = np.sort(rng.random((4000, normals)), axis=1)[:, place - 1]  # of a uniform score 1 - t lies above t
-    held = np.mean(1 - scores <= rate)
-    assert held == pytest.approx(kept(normals, place, rate), abs=0.02) and held >= confidence - 0.01
+    scores = rng.random((4000, normals))
+    scores = np.floor(scores * levels) / levels if levels else scores
+    threshold = np.sort(scores, axis=1)[:, place - 1]
+    held = np.mean(1 - threshold - (1 / levels if levels else 0) <= rate + 1e-9)
+    assert held >= confidence - 0.01  # two deviations of 4000 draws
+    if not levels:
+        assert held == pytest.approx(kept(normals, place, rate), abs=0.01)
 
 
 def detector_and_images(count=30):
@@ -106,23 +124,37 @@ def test_an_impossible_wish_is_refused_before_the_maps_are_computed(monkeypatch)
 
 
 def test_a_model_of_before_can_be_given_thresholds(model, picture, tmp_path, capsys):
-    detector = EfficientAD.load(model)
-    detector.calibration, detector.pixel_threshold = {}, None
-    old = detector.save(tmp_path / "old.safetensors", {"data": "random"})
+    with safe_open(model, "pt") as file:
+        card = json.loads(file.metadata()["effad_card"])
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+    card = {name: value for name, value in card.items() if name not in ("pixel_threshold", "calibration")}
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    save_file(weights, old, {"effad_card": json.dumps(card)})
+    before, line = old.read_bytes(), tmp_path / "line"
+    assert EfficientAD.load(old).threshold == EfficientAD.load(model).threshold
     assert main(["threshold", str(old)]) == 2
     assert "stores no scores of normal images" in capsys.readouterr().err
     for index in range(12):
-        picture(tmp_path / "line" / f"{index}.png", seed=index)
-    assert main(["threshold", str(old), "--normals", str(tmp_path / "line"), "--false-alarm-rate", "0.1"]) == 2
+        picture(line / f"{index}.png", seed=index)
+    assert main(["threshold", str(old), "--normals", str(line), "--false-alarm-rate", "0.1"]) == 2
     assert "needs 29 held-out normal images, there are 12" in capsys.readouterr().err
-    new = tmp_path / "new.safetensors"
+
     wish = ["--false-alarm-rate", "0.3", "--confidence", "0.9", "--out", str(new)]
-    assert main(["threshold", str(old), "--normals", str(tmp_path / "line"), *wish]) == 0
+    assert main(["threshold", str(old), "--normals", str(line), *wish]) == 0
     said, loaded = capsys.readouterr().out, EfficientAD.load(new)
-    assert f"{loaded.threshold:.4g}" in said and "at most 0.3 of new normal images" in said
-    assert loaded.calibration["source"] == "line" and loaded.calibration["normals"] == 12
-    assert EfficientAD.load(old).pixel_threshold is None  # it stays
+    place = rank(12, 0.3, 0.9)
+    assert place < 12
+    assert re.search(rf"^normal images +12, line\nrank +{place} of 12\n", said)
+    assert f"a share of {(13 - place) / 13:.3g} expected; at most 0.3 with confidence 0.9" in said
+    assert f"{loaded.threshold:.4g}\n" in said and f"{loaded.pixel_threshold:.4g}\n" in said
+    assert old.read_bytes() == before, "with --out it stays"
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in weights.items())
+    assert loaded.card["data"] == card["data"]
+
+    images = to_float(load_images(sorted(line.iterdir()), (64, 64)))
+    with torch.inference_mode():
+        scores = sorted(loaded(images).score.tolist())
+    assert loaded.calibration["scores"] == pytest.approx(scores, rel=1e-4)
     assert main(["threshold", str(new)]) == 0  # in place, by the stored scores: the highest
-    assert "one new normal image in 13" in capsys.readouterr().out
-    assert EfficientAD.load(new).threshold == loaded.calibration["scores"][-1]
-    assert json.loads(json.dumps(EfficientAD.load(new).card["calibration"])) == EfficientAD.load(new).calibration
+    assert "12 of 12\nfalse alarms     a share of 0.0769 expected\n" in capsys.readouterr().out
+    assert EfficientAD.load(new).threshold == loaded.calibration["scores"][-1] > loaded.threshold

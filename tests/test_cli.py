@@ -157,6 +157,9 @@ def test_paths_are_seen_from_where_one_is(monkeypatch, tmp_path):
         (["evaluate", "nowhere"], "not the folder of a finished training"),
         (["detect", "nowhere.safetensors", "x.png"], "there is no such file"),
         (["detect", "--save", "a", "b"], "unknown argument --save"),
+        (["threshold", "nowhere.safetensors"], "there is no such file"),
+        (["threshold", "x.safetensors", "--false-alarm-rate", "5"], "false_alarm_rate = 5.0: .* from 0 to below 1"),
+        (["threshold", "x.safetensors", "--confidence", "95"], "confidence = 95.0: .* between 0 and 1"),
     ],
 )
 def test_faults_are_one_line(capsys, monkeypatch, tmp_path, arguments, says):

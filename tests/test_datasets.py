@@ -124,7 +124,8 @@ def test_several_masks_of_one_image_and_an_empty_train_folder(tmp_path):
     assert Sample(base / "test/dent/001.png", base / "ground_truth/dent/001", 1, "dent") in split.test
     for path in (base / "train/good").iterdir():
         path.unlink()
-    save(base / "test_private/000.png")  # as in MVTec AD 2: perhaps defective, so never a good image to train on
+    for index in range(20):  # as in MVTec AD 2: perhaps defective, so never good images to train on
+        save(base / f"test_private/{index:03}.png")
     with pytest.raises(DatasetError, match="0 good images to train on"):
         load_dataset("folder", root=base)
 

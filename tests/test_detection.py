@@ -71,6 +71,7 @@ def test_all_pictures_have_one_scale_and_the_truth_where_given(small_detector, p
 
     def panel(image, heat, mask, **options):
         drawn.append((options["scale"], options["threshold"], mask))
+        assert np.array_equal(options["marked"], heat > small_detector.pixel_threshold)
         return draw(image, heat, mask, **options)
 
     monkeypatch.setattr(detection.plots, "heatmap_panel", panel)
@@ -166,7 +167,7 @@ def test_models_that_cannot_decide(picture, tmp_path):
     broken = EfficientAD("XS", channels=8, image_size=(64, 64))
     with pytest.raises(SettingsError, match="no threshold"):
         detect(broken, path, tmp_path / "out")
-    broken.threshold = 1.0
+    broken.threshold = broken.pixel_threshold = 1.0
     broken.teacher_mean.fill_(float("nan"))
     with pytest.raises(SettingsError, match=r"a.png is not finite"):
         detect(broken, path, tmp_path / "out")
@@ -219,5 +220,6 @@ def test_a_model_without_pixel_threshold_marks_nothing_and_says_how_to_get_one(s
     picture(tmp_path / "images" / "a.png")
     with pytest.raises(SettingsError, match=r"no pixel threshold.*effad threshold MODEL --normals"):
         detect(old, tmp_path / "images", tmp_path / "out", save_masks=True)
-    table = detect(old, tmp_path / "images", tmp_path / "out")
+    with pytest.warns(UserWarning, match="no pixels are marked: .*effad threshold MODEL --normals"):
+        table = detect(old, tmp_path / "images", tmp_path / "out")
     assert table["marked"].isna().all() and not (tmp_path / "out" / "masks").exists()

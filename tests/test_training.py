@@ -116,6 +116,7 @@ def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(start, monkeypatch):
     monkeypatch.undo()
     resumed, run = start("stopped")
     assert weights_equal(whole, resumed) and whole.threshold == resumed.threshold
+    assert whole.pixel_threshold == resumed.pixel_threshold and whole.calibration == resumed.calibration
     assert [row["step"] for row in run.load_checkpoint("last")["history"]] == [4, 8, 12]
 
 
@@ -257,6 +258,19 @@ def test_corrupt_training_image_is_an_error_before_any_step(start, stripes, monk
         start("run")
 
 
+def test_a_rate_that_too_few_images_can_keep_is_refused_before_any_step(start, monkeypatch, tmp_path):
+    train_step = training.Trainer.train_step
+    monkeypatch.setattr(training.Trainer, "train_step", lambda self: pytest.fail("trained"))
+    with pytest.raises(SettingsError, match=r"needs 29 held-out normal images, there are 3\."):
+        start("run", false_alarm_rate=0.1)
+    assert not (tmp_path / "run").exists(), "the folder takes a wish that can be kept"
+    monkeypatch.setattr(training.Trainer, "train_step", train_step)
+    detector, run = start("run", false_alarm_rate=0.5, confidence=0.4)
+    rule = {name: detector.calibration[name] for name in ("false_alarm_rate", "confidence", "normals", "rank")}
+    assert rule == {"false_alarm_rate": 0.5, "confidence": 0.4, "normals": 3, "rank": 2}  # 1/8 < 0.4 ≤ 4/8
+    assert detector.threshold == detector.calibration["scores"][1] == EfficientAD.load(run.model).threshold
+
+
 def test_full_disk_is_reported_and_keeps_the_last_checkpoint(start, monkeypatch, tmp_path, full_disk):
     save = Run.save_checkpoint
 
@@ -287,6 +301,8 @@ def test_full_disk_is_reported_and_keeps_the_last_checkpoint(start, monkeypatch,
         ({"device": "tpu"}, "not available"),
         ({"weight_penalty": -1.0}, "weight_penalty"),
         ({"size": "L"}, "unknown network size"),
+        ({"false_alarm_rate": 1.0}, "false_alarm_rate = 1.0: .* takes a share from 0 to below 1"),
+        ({"confidence": 1.0}, "confidence = 1.0: .* takes a probability between 0 and 1"),
     ],
 )
 def test_impossible_settings_name_field_value_and_remedy(change, message):

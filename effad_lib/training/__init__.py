@@ -42,10 +42,11 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
         raise SettingsError(
             f"teacher {settings.teacher}: of size {teacher.size}, the training of size {settings.size}."
         )
+    # Before the folder takes the settings, or it would refuse those with a wish that can be kept.
+    rank(len(split.validation), settings.false_alarm_rate, settings.confidence)
     run.start(settings, {"teacher": teacher_card["sha256"]})
     if run.model.is_file():
         return EfficientAD.load(run.model, device)
-    rank(len(split.validation), settings.false_alarm_rate, settings.confidence)
     verify_masks(split)
     natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
     size = tuple(settings.image_size)

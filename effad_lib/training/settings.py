@@ -20,7 +20,7 @@ class TrainingSettings(Settings):
     MAY_CHANGE = frozenset({"run_folder", "device", "data_root", "penalty_images", "teacher"})
 
     run_folder: str = "runs/training"  # a finished run in it is loaded, an interrupted one continued
-    dataset: str = "synthetic"  # mvtec_ad, folder, elpv, synthetic, or your own: path/to/file.py:name
+    dataset: str = "synthetic"  # folder, elpv, synthetic, mvtec_ad(_2), mvtec_loco, visa, btad, or path/to/file.py:name
     category: str = ""  # which category, product or kind of cell; "" takes the data set's default
     data_root: str = ""  # folder of the data set; "" takes the default under data/
     size: str = "S"  # S or M (paper), XS (for CPUs)
