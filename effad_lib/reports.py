@@ -25,9 +25,7 @@ from effad_lib.training import TrainingSettings
 COMPARED = ("image_auroc", "image_ap", "pixel_auroc", "au_pro", "au_pro_05", "image_auroc_mean", "au_spro_05_mean")
 """Metrics of `metrics.json` that runs are compared by; the last two exist for MVTec LOCO only."""
 
-STYLE = (
-    "body{font:15px sans-serif;max-width:960px;margin:2em auto}td,th{padding:2px 10px;text-align:right}img{width:100%}"
-)
+STYLE = "body{font:15px sans-serif;max-width:960px;margin:2em auto}td,th{padding:2px 10px;text-align:right}img{max-width:100%}"
 
 
 def gallery(found: Evaluation, indices: Sequence[int], image_size: Size) -> Figure:
@@ -83,7 +81,9 @@ def write_report(folder: str | Path, found: Evaluation, image_size: Size, result
     }
     for title, table in tables.items():
         if len(table):
-            parts.append(f"<h2>{title}</h2>{table.to_html(border=0, na_rep='–', float_format='{:.3f}'.format)}")
+            parts.append(
+                f"<h2>{title}</h2>{table.rename_axis(None).to_html(border=0, na_rep='–', float_format='{:.3f}'.format)}"
+            )
     for name, caption, figure in figures(found, image_size):
         figure.savefig(folder / "figures" / f"{name}.png", dpi=100)
         plt.close(figure)
