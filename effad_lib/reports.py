@@ -25,7 +25,10 @@ from effad_lib.training import TrainingSettings
 COMPARED = ("image_auroc", "image_ap", "pixel_auroc", "au_pro", "au_pro_05", "image_auroc_mean", "au_spro_05_mean")
 """Metrics of `metrics.json` that runs are compared by; the last two exist for MVTec LOCO only."""
 
-STYLE = "body{font:15px sans-serif;max-width:960px;margin:2em auto}td,th{padding:2px 10px;text-align:right}img{max-width:100%}"
+STYLE = (
+    "body{font:15px sans-serif;max-width:960px;margin:2em auto}img{max-width:100%}"
+    "td,th{padding:2px 10px;text-align:right}"
+)
 
 
 def gallery(found: Evaluation, indices: Sequence[int], image_size: Size) -> Figure:
