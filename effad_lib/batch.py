@@ -17,16 +17,15 @@ import pandas as pd
 
 from effad_lib.distillation import DistillationSettings, load_teacher
 from effad_lib.images import packaged_photographs
-from effad_lib.profiles import NOTEBOOKS, Step, from_project, load_profile, notebook_parameters
+from effad_lib.profiles import NOTEBOOKS, Step, load_profile, notebook_parameters
 from effad_lib.progress import progress
-from effad_lib.runs import Run, RunError, write_text
+from effad_lib.runs import Run, RunError, from_project, write_text
 from effad_lib.training import TrainingSettings
 
 __all__ = [
     "NOTEBOOKS",
     "as_text",
     "departures",
-    "from_project",
     "load_profile",
     "notebook_parameters",
     "results",

@@ -77,7 +77,7 @@ def given(options: argparse.Namespace, known: Iterable[Option]) -> dict[str, Any
 
 def as_path(path: str) -> str:
     """Return a path as seen from the project; "" stays as it is."""
-    from effad_lib.batch import from_project
+    from effad_lib.runs import from_project
 
     return path and from_project(path)
 

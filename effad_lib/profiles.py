@@ -15,7 +15,7 @@ import yaml
 from effad_lib.datasets import load_dataset
 from effad_lib.distillation import DistillationSettings, load_teacher
 from effad_lib.evaluation import EvaluationSettings
-from effad_lib.runs import PROJECT, Run, resolve
+from effad_lib.runs import PROJECT, Run, from_project, resolve
 from effad_lib.settings import Settings, nearest
 from effad_lib.synthesis import SynthesisSettings
 from effad_lib.training import TrainingSettings
@@ -190,9 +190,3 @@ def _check_training(settings: TrainingSettings) -> None:
     load_teacher(settings.teacher or settings.size, padding=settings.padding)
     if settings.dataset in ("elpv", "mvtec_ad", "mvtec_ad_2", "mvtec_loco", "visa", "btad"):
         load_dataset(settings.dataset, root=settings.data_root, category=settings.category)
-
-
-def from_project(path: str | Path) -> str:
-    """Return a path relative to the project if it lies inside, else absolute: as `resolve` takes it."""
-    path = Path(path).expanduser().resolve()
-    return (path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path).as_posix()

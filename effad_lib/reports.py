@@ -14,11 +14,11 @@ import yaml
 from matplotlib.figure import Figure
 
 from effad_lib import plots
-from effad_lib.batch import departures, from_project
+from effad_lib.batch import departures
 from effad_lib.evaluation import MAP_NAMES, Evaluation, worst_mistakes
 from effad_lib.images import Size, load_images
 from effad_lib.published import published
-from effad_lib.runs import Run, RunError, resolve, write_text
+from effad_lib.runs import Run, RunError, from_project, resolve, write_text
 from effad_lib.settings import SettingsError
 from effad_lib.training import TrainingSettings
 

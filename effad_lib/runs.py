@@ -31,6 +31,12 @@ def resolve(path: str | Path) -> Path:
     return (PROJECT / Path(path).expanduser()).resolve()
 
 
+def from_project(path: str | Path) -> str:
+    """Return a path relative to the project if it lies inside, else absolute: as `resolve` takes it."""
+    path = Path(path).expanduser().resolve()
+    return (path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path).as_posix()
+
+
 # --- files written whole or not at all ------------------------------------------------------------------------------
 
 

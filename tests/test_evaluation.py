@@ -261,7 +261,10 @@ def test_save_and_load(samples, tmp_path):
     stale.write_bytes(b"from an earlier, longer evaluation")
     found.save(tmp_path / "out")
     table = pd.read_csv(tmp_path / "out" / "scores.csv")
-    assert table.columns.tolist() == ["file", "label", "defect", "score", "decision"]
+    branches = ["student_teacher", "student_autoencoder"]
+    assert table.columns.tolist() == ["file", "label", "defect", "score", "decision", *branches]
+    for name in branches:
+        assert table[name].to_numpy() == pytest.approx(getattr(found.maps, name).max(axis=(1, 2)))
     assert table["decision"].tolist() == [0, 0, 1, 0, 1]
     assert np.array_equal(table["score"], found.scores)  # written without rounding
     assert table["file"][4].endswith("e.png")

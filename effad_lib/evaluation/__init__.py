@@ -24,6 +24,7 @@ __all__ = [
     "EvaluationSettings",
     "blind_scores",
     "brightness_scores",
+    "data_of",
     "evaluate",
     "evaluate_run",
     "finish_run",
@@ -47,24 +48,24 @@ class EvaluationSettings(Settings):
         pick_device(self.device)
 
 
-def evaluate_run(run_folder: str | Path, device: str = "auto") -> tuple[EfficientAD, Split, Evaluation]:
-    """Evaluate the model of a finished training on the test images of its own data set.
-
-    The data set is found again by the run's `parameters.yaml`. Nothing is written, see `finish_run`. Raises `RunError`
-    for a folder without a finished training and for a data set without test images.
-    """
-    run = Run(run_folder)
+def data_of(run: Run) -> Split:
+    """Find the data set of a finished training again, by the run's `parameters.yaml`; `RunError` if there is none."""
     parameters = run.folder / "parameters.yaml"
     if not parameters.is_file() or not run.model.is_file():
         raise RunError(f"{run.folder} is not the folder of a finished training. Train one with `effad train`.")
     made = yaml.safe_load(parameters.read_text(encoding="utf-8"))
-    split = load_dataset(
-        made["dataset"],
-        root=made["data_root"],
-        category=made["category"],
-        seed=made["seed"],
-        validation_share=made["validation_share"],
-    )
+    names = ("category", "seed", "validation_share")
+    return load_dataset(made["dataset"], root=made["data_root"], **{name: made[name] for name in names})
+
+
+def evaluate_run(run_folder: str | Path, device: str = "auto") -> tuple[EfficientAD, Split, Evaluation]:
+    """Evaluate the model of a finished training on the test images of its own data set.
+
+    Nothing is written, see `finish_run`. Raises `RunError` for a folder without a finished training and for a data set
+    without test images.
+    """
+    run = Run(run_folder)
+    split = data_of(run)
     if not split.test:
         raise RunError(f"{split.name} has no test images. Add test/good and test/<defect>, or use `effad detect`.")
     detector = EfficientAD.load(run.model, pick_device(device))

@@ -19,7 +19,7 @@ from effad_lib import metrics
 from effad_lib.datasets import Sample, Saturation
 from effad_lib.detector import AnomalyMaps
 from effad_lib.images import Size, read_mask, read_regions
-from effad_lib.runs import PROJECT, write_bytes, write_text
+from effad_lib.runs import from_project, write_bytes, write_text
 
 MAP_NAMES = ("combined", "student_teacher", "student_autoencoder")
 
@@ -177,12 +177,16 @@ class Evaluation:
                 counts += np.bincount((2 * self.mask(index) + (self.heat(index) > threshold)).ravel(), minlength=4)
         return [threshold, *_shares(*counts)]
 
+    def branch_scores(self, name: str) -> np.ndarray:
+        """Return the largest value of each image's map `name`, float [N]: what it would score by this map alone."""
+        return np.asarray(getattr(self.maps, name)).max(axis=(1, 2))
+
     def by_branch(self) -> pd.DataFrame:
         """Return the image AU-ROC of each map alone, its maximum taken as score: a row for each type of defect.
 
         The last row, "all", takes all defective images together. Columns as in `MAP_NAMES`.
         """
-        scores = {name: np.asarray(getattr(self.maps, name)).max(axis=(1, 2)) for name in MAP_NAMES}
+        scores = {name: self.branch_scores(name) for name in MAP_NAMES}
         defects = np.array([sample.defect for sample in self.samples])
         kinds = {defect: defects == defect for defect in sorted(set(defects[self.labels == 1]))}
         kinds["all"] = self.labels == 1
@@ -246,18 +250,19 @@ class Evaluation:
         """Return a row for each image, as `save` writes it.
 
         Columns: file (relative to the project if inside), label, defect, score, decision (1 defective,
-        0 good, missing without a threshold).
+        0 good, missing without a threshold), and the largest values of the two branches' maps.
         """
         table = pd.DataFrame(
             {
-                "file": [_shown(sample.image) for sample in self.samples],
+                "file": [from_project(sample.image) for sample in self.samples],
                 "label": self.labels,
                 "defect": [sample.defect for sample in self.samples],
                 "score": self.scores,
             }
         )
         decided = pd.NA if self.threshold is None else (self.scores > self.threshold).astype(int)
-        return table.assign(decision=pd.array(np.broadcast_to(decided, len(table)), dtype="Int64"))
+        table = table.assign(decision=pd.array(np.broadcast_to(decided, len(table)), dtype="Int64"))
+        return table.assign(**{name: self.branch_scores(name) for name in MAP_NAMES[1:]})
 
     def _packed_maps(self, index: int) -> bytes:
         limit = np.finfo(np.float16).max
@@ -334,8 +339,3 @@ def _place(sample: Sample) -> PurePosixPath:
     starts = [index for index, part in enumerate(parts[:-1]) if part in ("test", "test_public")]
     below = parts[starts[-1] :] if starts else ("test", sample.defect, sample.image.name)
     return PurePosixPath(*below).with_suffix(".tiff")
-
-
-def _shown(path: Path) -> str:
-    path = Path(path).resolve()
-    return (path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path).as_posix()
