@@ -368,6 +368,21 @@ def threshold(options: argparse.Namespace) -> int:
     return 0
 
 
+def gallery_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad gallery`."""
+    parser.add_argument("run", metavar="RUN", help="the folder of an evaluated run")
+    parser.add_argument("--out", metavar="FOLDER", help="where to write it (default: RUN/gallery)")
+
+
+def gallery(options: argparse.Namespace) -> int:
+    """Write all test images of a run with their heatmaps as one page, for people without Jupyter."""
+    from effad_lib import viewer
+
+    run = Path(options.run).expanduser().resolve()
+    print(viewer.write_gallery(viewer.of_run(run), Path(options.out).expanduser() if options.out else run / "gallery"))
+    return 0
+
+
 Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 
 COMMANDS: dict[str, Command] = {
@@ -378,6 +393,7 @@ COMMANDS: dict[str, Command] = {
     "probe": (probe_options, probe),
     "train": (train_options, train),
     "evaluate": (evaluate_options, evaluate),
+    "gallery": (gallery_options, gallery),
     "threshold": (threshold_options, threshold),
     "detect": (detect_options, detect),
 }

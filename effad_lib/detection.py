@@ -56,7 +56,7 @@ def detect(
         warnings.warn(f"no pixels are marked: {NO_PIXEL_THRESHOLD}", stacklevel=2)
     out = Path(out)
     found = _listed(Path(images), out)
-    truths = _masks(masks, list(found))
+    truths = pair_masks(masks, list(found))
     # Below 0.1, the 99.5 % quantile of normal pixels, a threshold would stretch mere noise over the whole scale.
     scale = plots.heat_scale([], max(detector.threshold, 0.1))
     rows = []
@@ -64,7 +64,7 @@ def detect(
         bar = progress(found.items(), desc="detecting", unit="image")
         for name, path in bar:
             try:
-                truth = truths.get(_key(name))
+                truth = truths.get(name)
                 score, marked = _detect_one(detector, path, name, out, truth, scale, save_maps, save_masks)
             except ImageError as error:
                 bar.write(f"left out: {error}", file=sys.stderr)
@@ -93,23 +93,25 @@ def _listed(images: Path, out: Path) -> dict[Path, Path]:
     return listed
 
 
-def _key(name: Path) -> tuple[str, str]:
-    return name.parent.as_posix(), name.stem.removesuffix("_mask")
+def pair_masks(masks: str | Path | None, names: list[Path]) -> dict[Path, Path]:
+    """Return the masks by the names of their images, which are paths below the images' folder; {} without `masks`.
 
-
-def _masks(masks: str | Path | None, names: list[Path]) -> dict[tuple[str, str], Path]:
-    """Return the masks by folder and stem of their images; `ImageError` if they belong to none of the images."""
+    `masks` is a folder with `a/b_mask.png` or `a/b.png` for an image `a/b.jpg`, or for a single image its mask. Raises
+    `ImageError` if they belong to none of the images.
+    """
     if masks is None:
         return {}
     masks = Path(masks)
     if masks.is_file():
         if len(names) > 1:
             raise ImageError(f"{masks}: one mask for {len(names)} images. Give a folder of masks.")
-        return {_key(names[0]): masks}
-    found = {_key(path.relative_to(masks)): path for path in find_images(masks)}
-    if not any(_key(name) in found for name in names):
+        return {names[0]: masks}
+    files = {(path.parent, path.stem.removesuffix("_mask")): path for path in find_images(masks)}
+    keys = {name: (masks / name.parent, name.stem.removesuffix("_mask")) for name in names}
+    found = {name: files[key] for name, key in keys.items() if key in files}
+    if not found:
         raise ImageError(
-            f"{masks}: none of its {len(found)} masks belongs to an image. The mask of {names[0]} is expected at "
+            f"{masks}: none of its {len(files)} masks belongs to an image. The mask of {names[0]} is expected at "
             f"{names[0].with_name(names[0].stem + '_mask.png')} below that folder."
         )
     return found

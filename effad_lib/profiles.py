@@ -19,6 +19,7 @@ from effad_lib.runs import PROJECT, Run, from_project, resolve
 from effad_lib.settings import Settings, nearest
 from effad_lib.synthesis import SynthesisSettings
 from effad_lib.training import TrainingSettings
+from effad_lib.viewer import ViewerSettings
 
 NOTEBOOKS = PROJECT / "notebooks"
 """The numbered notebooks; `profiles/<profile>.yaml` beside them."""
@@ -30,6 +31,7 @@ SETTINGS: dict[str, type[Settings]] = {
     DISTILLATION: DistillationSettings,
     TRAINING: TrainingSettings,
     "04_evaluation": EvaluationSettings,
+    "05_viewer": ViewerSettings,
 }
 """Notebooks whose parameters are the fields of settings, or some of them: their values are checked beforehand."""
 

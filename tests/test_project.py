@@ -16,9 +16,12 @@ from effad_lib.runs import PROJECT
 
 ROOMS = (
     "settings progress images runs synthesis networks metrics losses backbones datasets detector distillation "
-    "calibration training plots charts diagrams evaluation probing detection profiles batch published reports cli"
+    "calibration training plots charts diagrams evaluation probing detection viewer profiles batch published reports cli"
 ).split()
 """The rooms of effad_lib, ground floor first: each may import only those before it."""
+
+WIDGETS = ("controls.py", "widgets.py")
+"""Modules of the viewer that need Jupyter; they are imported when a viewer is opened."""
 
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCES = sorted((PROJECT / "effad_lib").rglob("*.py"))
@@ -80,7 +83,8 @@ def test_every_import_is_declared(path):
     assert not undeclared(imports(ast.walk(tree)), DECLARED)
     if path.suffix == ".py":
         # What loads with the room itself must be there without any extra: Jupyter is not needed for the library.
-        assert not undeclared(imports(tree.body), CORE)
+        widgets = distributions(EXTRAS["notebooks"]) if path.name in WIDGETS else set()
+        assert not undeclared(imports(tree.body), CORE | widgets)
 
 
 def test_an_undeclared_import_would_be_found():
@@ -147,9 +151,9 @@ def test_there_is_one_progress_bar():
     assert makers == ["progress.py"]
 
 
-def test_a_detector_starts_without_torchvision():
-    """It takes half of the start, and only ResNets and the probe need it."""
-    script = "import sys, effad_lib.detection, effad_lib.evaluation; print('torchvision' in sys.modules)"
+def test_a_detector_starts_without_torchvision_and_without_jupyter():
+    """The former takes half of the start, and only ResNets and the probe need it; the latter need not be installed."""
+    script = "import sys, effad_lib.viewer; print('torchvision' in sys.modules or 'ipywidgets' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
 

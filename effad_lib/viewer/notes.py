@@ -1,0 +1,72 @@
+"""What people write about images: a verdict and a note for each, in a CSV file that is whole at every moment."""
+
+from __future__ import annotations
+
+import csv
+import io
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from effad_lib.runs import RunError, write_text
+
+VERDICTS = ("", "good", "defective", "unclear")
+COLUMNS = ("file", "verdict", "note", "changed")
+
+
+class Note(NamedTuple):
+    """What a person holds of an image: one of `VERDICTS`, and free text."""
+
+    verdict: str = ""
+    note: str = ""
+
+
+class Notes:
+    """The notes of a run, `notes.csv` with a row for each image that has one: file, verdict, note, changed (UTC).
+
+    Every change is written at once by rename, and what another viewer or a spreadsheet has written since is read first,
+    so nothing is lost. Raises `RunError` if the file is no such table or cannot be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._rows = self._read()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, name: str) -> Note:
+        row = self._rows.get(name, {})
+        return Note(row.get("verdict", ""), row.get("note", ""))
+
+    def __setitem__(self, name: str, note: Note) -> None:
+        if note.verdict not in VERDICTS:
+            raise RunError(f"verdict = {note.verdict!r}: takes one of {', '.join(map(repr, VERDICTS))}.")
+        rows = self._read()
+        if any(note):
+            changed = datetime.now(UTC).isoformat(timespec="seconds")
+            rows[name] = dict(zip(COLUMNS, (name, *note, changed), strict=True))
+        else:
+            rows.pop(name, None)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))
+        write_text(self.path, text.getvalue())
+        self._rows = rows
+
+    def _read(self) -> dict[str, dict[str, str]]:
+        if not self.path.is_file():
+            return {}
+        try:
+            with open(self.path, newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.DictReader(file, strict=True))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise RunError(
+                f"{self.path} cannot be read ({error}). Mend it or move it away; it is not replaced."
+            ) from error
+        for row in rows:
+            if row.keys() != set(COLUMNS) or None in row.values():
+                got = ", ".join(str(name) for name in row)
+                raise RunError(f"{self.path}: columns {got}; it takes {', '.join(COLUMNS)}. Mend it or move it away.")
+        return {row["file"]: row for row in rows}
