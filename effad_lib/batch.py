@@ -15,18 +15,21 @@ from typing import Any
 
 import pandas as pd
 
+from effad_lib.datasets import load_dataset
 from effad_lib.distillation import DistillationSettings, load_teacher
+from effad_lib.evaluation import evaluate_run, finish_run
 from effad_lib.images import packaged_photographs
 from effad_lib.profiles import NOTEBOOKS, Step, load_profile, notebook_parameters
 from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, from_project, write_text
-from effad_lib.training import TrainingSettings
+from effad_lib.training import TrainingSettings, train
 
 __all__ = [
     "NOTEBOOKS",
     "as_text",
     "departures",
     "load_profile",
+    "make_default_run",
     "notebook_parameters",
     "results",
     "run_profile",
@@ -93,6 +96,25 @@ def run_profile(
     if len(table):
         print(f"\n{as_text(table)}", flush=True)
     return table
+
+
+def make_default_run(run_folder: str, device: str = "auto", *, evaluated: bool = False) -> None:
+    """Train the run that the notebooks share, with the parameters of notebook 03, if it is asked for and not there yet.
+
+    With `evaluated` it is also measured. Any other folder is left as it is: a slip of the pen starts no training.
+    """
+    run, shared = Run(run_folder), TrainingSettings().run_folder
+    if run_folder != shared:
+        return
+    if not run.model.is_file():
+        defaults = notebook_parameters(NOTEBOOKS / "03_training.ipynb")
+        settings = TrainingSettings.from_mapping(defaults | {"run_folder": run_folder, "device": device})
+        names = ("category", "seed", "validation_share")
+        given = {name: getattr(settings, name) for name in names}
+        train(settings, load_dataset(settings.dataset, root=settings.data_root, **given))
+    if evaluated and not run.done:
+        detector, _, found = evaluate_run(run_folder, device)
+        finish_run(run_folder, detector, found)
 
 
 # --- departures from the paper --------------------------------------------------------------------------------------

@@ -62,12 +62,12 @@ def open_viewer(findings: Findings, *, panel_width: int = 250) -> Viewer:
 
 def view_run(run_folder: str | Path, device: str = "auto") -> Viewer:
     """Return a viewer of an evaluated run. Raises `RunError` as `of_run`."""
-    return open_viewer(of_run(run_folder, pick_device(device)))
+    return open_viewer(of_run(run_folder, device))
 
 
 def view_images(model: str | Path, images: str | Path, masks: str | Path | None = None, device: str = "auto") -> Viewer:
     """Return a viewer of a folder of images, scored by a model while one looks on. Errors as `of_images`."""
-    return open_viewer(of_images(model, images, masks, pick_device(device)))
+    return open_viewer(of_images(model, images, masks, device))
 
 
 def view_maps(

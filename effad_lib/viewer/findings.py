@@ -23,6 +23,7 @@ from effad_lib.evaluation import MAP_NAMES, data_of, load_maps
 from effad_lib.images import UNREADABLE, ImageError, find_images, read_image, read_mask, to_float
 from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, from_project
+from effad_lib.settings import pick_device
 
 UNKNOWN = -1
 """The label of an image whose truth is not known."""
@@ -160,7 +161,7 @@ def scan(detector: EfficientAD, path: Path) -> Maps:
     return maps
 
 
-def of_run(folder: str | Path, device: str | torch.device = "cpu") -> Findings:
+def of_run(folder: str | Path, device: str = "auto") -> Findings:
     """Return what an evaluated run found on its test images; only `scores.csv` and the list of images are read.
 
     Raises `RunError` if the run has not been evaluated, or if its images are not where they were.
@@ -190,14 +191,12 @@ def of_run(folder: str | Path, device: str | torch.device = "cpu") -> Findings:
         names=found["file"].tolist(),
         scores=found["score"].to_numpy(),
         branches=found[list(MAP_NAMES[1:])].to_numpy(),
-        detector=EfficientAD.load(run.model, device),
+        detector=EfficientAD.load(run.model, pick_device(device)),
         notes=run.folder / "notes.csv",
     )
 
 
-def of_images(
-    model: str | Path, images: str | Path, masks: str | Path | None = None, device: str | torch.device = "cpu"
-) -> Findings:
+def of_images(model: str | Path, images: str | Path, masks: str | Path | None = None, device: str = "auto") -> Findings:
     """Return the images below a folder, which a model has still to `score`.
 
     Their truth is known if they lie in folders named after it, one of them `good`, or by `masks`, a folder with
@@ -205,7 +204,7 @@ def of_images(
     no image, `SettingsError` for what is no model.
     """
     model, images = Path(model).expanduser(), Path(images).expanduser()
-    detector = EfficientAD.load(model, device)
+    detector = EfficientAD.load(model, pick_device(device))
     samples = _samples(find_images(images), images, masks)
     return Findings(
         images.name,

@@ -1,0 +1,75 @@
+"""How fast the viewer answers: measured, not promised."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy import ndimage
+
+from effad_lib.images import Size
+from effad_lib.viewer.widgets import Viewer
+
+
+def write_example(folder: str | Path, size: Size, count: int) -> tuple[Path, Path]:
+    """Write `count` maps and images of one random texture, for measuring; return both folders, as `of_maps` takes them.
+
+    All images are the same file by other names, and so are the maps, float32 of the images' size.
+    """
+    images, maps = Path(folder) / "images", Path(folder) / "maps"
+    for place in (images, maps):
+        place.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    rough = ndimage.gaussian_filter(rng.normal(size=(*size, 3)), (2, 2, 0)) * 400 + 128
+    Image.fromarray(rough.clip(0, 255).astype(np.uint8)).save(images / "00000.png")
+    heat = ndimage.gaussian_filter(rng.normal(size=size), max(size) / 24)
+    np.save(maps / "00000.npy", (heat / np.abs(heat).max()).astype(np.float32))
+    for index in range(1, count):
+        for first in (images / "00000.png", maps / "00000.npy"):
+            os.link(first, first.with_name(f"{index:05d}{first.suffix}"))
+    return maps, images
+
+
+def redraw_times(viewer: Viewer, repeats: int = 20) -> pd.DataFrame:
+    """Return how long a viewer takes to redraw after a move of each slider, and for another image.
+
+    A row for each control; columns `median` and `slowest` of so many moves, in milliseconds, from the new value to the
+    new bytes of all panels. The way to the browser comes on top.
+    """
+    before, controls = viewer.state, viewer.controls
+    viewer.change(pixel_threshold=float(np.mean(viewer.findings.scale)))
+    moves = {}
+    for name in ("opacity", "pixel_threshold", "threshold", "row", "zoom"):
+        moves[name] = [(controls[name], value) for value in _values(controls[name], repeats)]
+    rows = {}
+    for name, values in moves.items():
+        rows[name] = [
+            _timed(lambda control=control, value=value: setattr(control, "value", value)) for control, value in values
+        ]
+    viewer.state = before
+    count = len(viewer.findings)
+    rows["another image"] = [_timed(lambda k=k: viewer.show((before.index + k) % count)) for k in range(1, repeats + 1)]
+    viewer.state = before
+    table = pd.DataFrame({name: [np.median(times), np.max(times)] for name, times in rows.items()})
+    return table.T.set_axis(["median", "slowest"], axis=1).rename_axis("control")
+
+
+def _values(control: object, count: int) -> list:
+    if hasattr(control, "options"):
+        values = [value for _, value in control.options]
+        return [values[k % len(values)] for k in range(1, count + 1)]
+    low, high = control.min, control.max
+    if hasattr(control, "base"):
+        return np.geomspace(control.base**low, control.base**high, count + 2)[1:-1].tolist()
+    values = np.linspace(low, high, count + 2)[1:-1]
+    return [int(value) for value in values] if isinstance(high, int) else values.tolist()
+
+
+def _timed(work: object) -> float:
+    began = perf_counter()
+    work()
+    return 1000 * (perf_counter() - began)
