@@ -21,7 +21,7 @@ ROOMS = (
 ).split()
 """The rooms of effad_lib, ground floor first: each may import only those before it."""
 
-WIDGETS = ("controls.py", "widgets.py")
+WIDGETS = ("controls.py", "speed.py", "widgets.py")
 """Modules of the viewer that need Jupyter; they are imported when a viewer is opened."""
 
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -154,7 +154,8 @@ def test_there_is_one_progress_bar():
 
 def test_a_detector_starts_without_torchvision_and_without_jupyter():
     """The former takes half of the start, and only ResNets and the probe need it; the latter need not be installed."""
-    script = "import sys, effad_lib.viewer as v; print(not {'torchvision', v.__name__ + '.widgets'} & sys.modules.keys())"
+    heavy = {"torchvision", "effad_lib.viewer.widgets"}
+    script = f"import sys, effad_lib.viewer; print(not {heavy} & sys.modules.keys())"
     answer = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "True"
 
