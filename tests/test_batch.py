@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from effad_lib import batch, distillation
+from effad_lib import batch, distillation, runs
 from effad_lib.batch import as_text, departures, load_profile, notebook_parameters, results, run_profile
 from effad_lib.networks import PDN
 from effad_lib.profiles import ProfileError
@@ -359,6 +359,24 @@ def test_the_table_shows_what_was_measured_and_a_dash_where_nothing_could_be(tmp
     header, line = as_text(table).splitlines()
     assert header.split("  ")[0].strip() == "data" and header.endswith("run folder")
     assert line.split() == ["elpv/mono", "0.988", "1.000", "0.900", "–", "–", "62", f"{tmp_path.resolve()}/cells"]
+
+
+def test_only_the_default_run_is_made_and_only_what_is_missing_of_it(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(runs, "PROJECT", tmp_path)
+    monkeypatch.setattr(batch, "load_dataset", lambda name, **_: name)
+    monkeypatch.setattr(batch, "train", lambda settings, split: done.append((split, settings.steps, settings.device)))
+    monkeypatch.setattr(batch, "evaluate_run", lambda folder, device: (None, None, folder))
+    monkeypatch.setattr(batch, "finish_run", lambda folder, detector, found: done.append(found))
+    batch.make_default_run("runs/mine", "cpu", evaluated=True)
+    assert not done
+    steps = notebook_parameters(batch.NOTEBOOKS / "03_training.ipynb")["steps"]
+    batch.make_default_run("runs/training", "cpu", evaluated=True)
+    assert done == [("synthetic", steps, "cpu"), "runs/training"]
+    (tmp_path / "runs" / "training").mkdir(parents=True)
+    (tmp_path / "runs" / "training" / "model.safetensors").touch()
+    batch.make_default_run("runs/training", "cpu")
+    assert len(done) == 2
 
 
 def test_the_training_history_moves_the_bar(tmp_path):

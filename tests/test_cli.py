@@ -256,6 +256,11 @@ def test_train_evaluate_and_detect(teacher, product, tmp_path, capsys, monkeypat
     evaluated = [line.split(",") for line in (run / "scores.csv").read_text().splitlines()[1:]]
     assert [float(row[1]) for row in detected] == pytest.approx([float(row[3]) for row in evaluated], rel=1e-4)
 
+    assert main(["gallery", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "gallery" / "index.html")
+    assert len(list((run / "gallery").glob("*.jpg"))) == 2
+    assert "Measure it: effad evaluate" in failure(capsys, "gallery", str(tmp_path / "nothing"))
+
     # The same folder again with other settings is refused, and the model stays.
     before = (run / "model.safetensors").read_bytes()
     assert "steps: 2 there, 3 now" in failure(capsys, "train", *arguments, "--steps", "3")
