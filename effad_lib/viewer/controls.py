@@ -110,7 +110,11 @@ def _find(findings: Findings) -> dict[str, w.Widget]:
         "list": w.Select(rows=14, layout=_wide()),
         "previous": w.Button(description="◀ previous", layout=half),
         "next": w.Button(description="next ▶", layout=half),
-        "progress": w.IntProgress(max=len(findings), description="scored", layout=_wide()),
+        "progress": w.IntProgress(
+            max=len(findings),
+            description="scored",
+            layout=w.Layout(width="98%", display="" if findings.waiting else "none"),
+        ),
     }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -164,7 +165,7 @@ def scan(detector: EfficientAD, path: Path) -> Maps:
 def of_run(folder: str | Path, device: str = "auto") -> Findings:
     """Return what an evaluated run found on its test images; only `scores.csv` and the list of images are read.
 
-    Raises `RunError` if the run has not been evaluated, or if its images are not where they were.
+    Raises `RunError` if the run has not been evaluated or some of its images are gone, `DatasetError` if all are.
     """
     run = Run(folder)
     table, remedy = run.folder / "scores.csv", f"Measure it: effad evaluate {from_project(run.folder)}"
@@ -181,7 +182,7 @@ def of_run(folder: str | Path, device: str = "auto") -> Findings:
     def maps(index: int) -> Maps:
         try:
             return load_maps(run.folder, index)._asdict()
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
             raise ImageError(f"the maps of {found['file'][index]} cannot be read ({error}). {remedy}") from error
 
     return Findings(
@@ -283,11 +284,13 @@ def _read_map(path: Path) -> np.ndarray:
         else:
             with Image.open(path) as image:
                 values = np.asarray(image)
-    except UNREADABLE as error:
+    except (*UNREADABLE, EOFError) as error:
         raise ImageError(f"{path}: cannot be read as an anomaly map ({error}). Replace or remove it.") from error
-    values = values.squeeze()
-    if values.ndim != 2 or values.dtype.kind not in "fiu":
-        raise ImageError(f"{path}: {values.dtype} {values.shape} is no anomaly map. It takes numbers [h, w].")
+    values = np.squeeze(values) if isinstance(values, np.ndarray) else np.empty(0)
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "fiu":
+        raise ImageError(
+            f"{path}: {values.dtype} {values.shape} is no anomaly map. It takes one array of numbers [h, w]."
+        )
     values = values.astype(np.float32)
     if not np.isfinite(values).all():
         raise ImageError(f"{path}: the map holds NaN or infinite values. Make it again.")

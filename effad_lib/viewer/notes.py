@@ -12,6 +12,8 @@ from effad_lib.runs import RunError, write_text
 
 VERDICTS = ("", "good", "defective", "unclear")
 COLUMNS = ("file", "verdict", "note", "changed")
+LONGEST = 100_000
+"""Of a note in characters; Python's reader of CSV takes no more than 131,072."""
 
 
 class Note(NamedTuple):
@@ -40,8 +42,9 @@ class Notes:
         return Note(row.get("verdict", ""), row.get("note", ""))
 
     def __setitem__(self, name: str, note: Note) -> None:
-        if note.verdict not in VERDICTS:
-            raise RunError(f"verdict = {note.verdict!r}: takes one of {', '.join(map(repr, VERDICTS))}.")
+        _check_verdict(note.verdict, "verdict")
+        if len(note.note) > LONGEST:
+            raise RunError(f"a note of {len(note.note)} characters is too long; it takes {LONGEST} at most.")
         rows = self._read()
         if any(note):
             changed = datetime.now(UTC).isoformat(timespec="seconds")
@@ -49,7 +52,7 @@ class Notes:
         else:
             rows.pop(name, None)
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows))
         write_text(self.path, text.getvalue())
@@ -60,13 +63,20 @@ class Notes:
             return {}
         try:
             with open(self.path, newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file, strict=True))
+                reader = csv.DictReader(file, strict=True)
+                rows, columns = list(reader), reader.fieldnames or COLUMNS
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise RunError(
                 f"{self.path} cannot be read ({error}). Mend it or move it away; it is not replaced."
             ) from error
+        if set(columns) != set(COLUMNS) or any(None in row or None in row.values() for row in rows):
+            got = ", ".join(columns)
+            raise RunError(f"{self.path}: columns {got}; it takes {', '.join(COLUMNS)}. Mend it or move it away.")
         for row in rows:
-            if row.keys() != set(COLUMNS) or None in row.values():
-                got = ", ".join(str(name) for name in row)
-                raise RunError(f"{self.path}: columns {got}; it takes {', '.join(COLUMNS)}. Mend it or move it away.")
+            _check_verdict(row["verdict"], f"{self.path}: the verdict of {row['file']}")
         return {row["file"]: row for row in rows}
+
+
+def _check_verdict(verdict: str, name: str) -> None:
+    if verdict not in VERDICTS:
+        raise RunError(f"{name} = {verdict!r}: takes one of {', '.join(map(repr, VERDICTS))}.")

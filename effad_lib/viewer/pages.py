@@ -112,7 +112,9 @@ def write_gallery(findings: Findings, folder: str | Path) -> Path:
     body = f"<h1>{title}</h1><p>{summary(findings, findings.threshold)}</p>"
     body += f"<div>{histogram(findings, findings.threshold)}</div><div>{bar}</div><p>{filters}</p>"
     page = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>{body}'
-    for stale in set(folder.glob("[0-9]*.jpg")) - {folder / f"{number:05d}.jpg" for number in range(len(order))}:
+    for stale in set(folder.glob("[0-9]" * 5 + ".jpg")) - {
+        folder / f"{number:05d}.jpg" for number in range(len(order))
+    }:
         stale.unlink()
     return write_text(folder / "index.html", f"{page}<main>{''.join(cards)}</main><script>{SCRIPT}</script>\n")
 

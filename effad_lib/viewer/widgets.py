@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import html
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from effad_lib.images import ImageError
+from effad_lib.images import SUFFIXES, ImageError
 from effad_lib.progress import progress
 from effad_lib.runs import RunError, write_bytes
 from effad_lib.viewer import pages
@@ -20,7 +21,7 @@ from effad_lib.viewer.controls import STRIP, Controls
 from effad_lib.viewer.drawings import branch_bar, colour_bar, histogram
 from effad_lib.viewer.findings import Findings, Picture
 from effad_lib.viewer.notes import Note, Notes
-from effad_lib.viewer.rendering import Layers, encoded, panel, shares, thumbnail, values_at
+from effad_lib.viewer.rendering import Layers, encoded, hottest, panel, shares, thumbnail, values_at
 from effad_lib.viewer.state import (
     ALL,
     OUTLINES,
@@ -112,7 +113,12 @@ class Viewer:
                 await asyncio.sleep(0.001)
             self._scored()
 
+        def over(task: asyncio.Task) -> None:
+            if not task.cancelled() and (error := task.exception()):
+                self._say(f"scoring stopped: {error}", "#c00")
+
         self._task = loop.create_task(work())  # kept: a task that nobody holds may vanish
+        self._task.add_done_callback(over)
 
     def _scored(self) -> None:
         done = len(self.findings) - len(self.findings.waiting)
@@ -146,10 +152,10 @@ class Viewer:
         c["previous"].on_click(lambda _: self.step(-1))
         c["next"].on_click(lambda _: self.step(1))
         c["stored"].on_click(lambda _: self.change(threshold=self.findings.threshold))
-        c["best"].on_click(lambda _: self.change(threshold=best_threshold(self.findings)))
+        c["best"].on_click(lambda _: self._to_best())
         c["stored_pixels"].on_click(lambda _: self.change(pixel_threshold=self.findings.pixel_threshold))
-        c["hottest"].on_click(lambda _: self.change(point=self._layers().point, zoom=max(self._state.zoom, 3)))
-        c["to_defect"].on_click(lambda _: self._to_defect())
+        c["hottest"].on_click(lambda _: self._try(self._to_hottest))
+        c["to_defect"].on_click(lambda _: self._try(self._to_defect))
         c["whole"].on_click(lambda _: self.change(point=None, zoom=1))
         for number, pick in enumerate(self._shell.picks):
             pick.on_click(lambda _, number=number: self.show(self._page()[number]))
@@ -179,16 +185,28 @@ class Viewer:
         for cell in self._shell.cells:
             cell.layout.width = f"{self.controls['panel_width'].value}px"
 
-    def _to_defect(self) -> None:
+    def _to_best(self) -> None:
+        best = best_threshold(self.findings)
+        if best is None:
+            self._say("F1-max takes good and defective images whose truth is known")
+        else:
+            self.change(threshold=best)
+
+    def _to_hottest(self) -> None:
+        picture = self._picture(self._state.index)
+        point = hottest(picture.maps[self._state.map], picture.image.shape[:2])
+        self.change(point=point, zoom=max(self._state.zoom, 3))
+
+    def _to_defect(self) -> str | None:
         truth = self._picture(self._state.index).truth
         if truth is None or not truth.any():
-            self._say("no true defect is known on this image")
-            return
+            return "no true defect is known on this image"
         rows, columns = np.flatnonzero(truth.any(axis=1)), np.flatnonzero(truth.any(axis=0))
         share = max((rows[-1] - rows[0] + 1) / truth.shape[0], (columns[-1] - columns[0] + 1) / truth.shape[1])
         zoom = max([zoom for zoom in ZOOMS if zoom <= 0.7 / share], default=1)
         point = (int(rows[0] + rows[-1]) // 2, int(columns[0] + columns[-1]) // 2)
         self.change(point=point, zoom=zoom)
+        return None
 
     def _note(self) -> None:
         if not self._updating:
@@ -199,12 +217,14 @@ class Viewer:
 
     def _upload(self, files: tuple[dict[str, Any], ...]) -> None:
         for file in files:
-            name = Path(file["name"].replace("\\", "/")).name
-            path = Path(self._uploads.name) / f"{len(self.findings)}{Path(name).suffix.lower()}"
-            path.write_bytes(file["content"])
-            self._try(lambda path=path, name=name: self._added(path, name))
+            self._try(lambda file=file: self._added(Path(file["name"].replace("\\", "/")).name, file["content"]))
 
-    def _added(self, path: Path, name: str) -> str:
+    def _added(self, name: str, content: bytes) -> str:
+        """Score an uploaded picture and show it; of its name, which may be anything, only the ending makes a file."""
+        ending = Path(name).suffix.lower()
+        if ending not in SUFFIXES:
+            raise ImageError(f"{name}: no known ending of an image. It takes {', '.join(sorted(SUFFIXES))}.")
+        path = write_bytes(Path(self._uploads.name) / f"{len(self.findings)}{ending}", content)
         try:
             index = self.findings.add(path, name)
         except ImageError as error:
@@ -238,6 +258,7 @@ class Viewer:
             self._follow()
             self._draw_list()
             self._draw_decision()
+            self._draw_note()
             self._draw_panels()
             self._draw_strip()
         finally:
@@ -283,6 +304,13 @@ class Viewer:
             rule = f"<small>{html.escape(found.rule)}</small>" if state.threshold == found.threshold else ""
             self._shell.texts["counts"].value = f"{what}: {pages.summary(found, state.threshold)}{rule}"
 
+    def _draw_note(self) -> None:
+        if self._changed("note", self._state.index):  # what is being typed is never replaced
+            note = self.notes[self.findings.names[self._state.index]]
+            self.controls["verdict"].value, self.controls["note"].value = note
+        where = html.escape(self.notes.path.name)
+        self._shell.texts["noted"].value = f"<small>{len(self.notes)} notes in {where}</small>"
+
     def _layers(self) -> Layers:
         """The layers of the part that is shown; made anew when image, point or zoom change."""
         state = self._state
@@ -323,12 +351,6 @@ class Viewer:
             self._shell.texts["head"].value = self._head(picture)
         if self._changed("point", place):
             self._draw_point(picture, layers)
-        if self._changed("note", state.index):
-            note = self.notes[found.names[state.index]]
-            self.controls["verdict"].value, self.controls["note"].value = note
-        self._shell.texts[
-            "noted"
-        ].value = f"<small>{len(self.notes)} notes in {html.escape(self.notes.path.name)}</small>"
 
     def _head(self, picture: Picture) -> str:
         """The heading of the image shown: what it is, what was decided, what each branch adds to its score."""
@@ -377,8 +399,8 @@ class Viewer:
     def _say(self, text: str, colour: str = "inherit") -> None:
         self._shell.texts["message"].value = f"<span style='color:{colour}'>{html.escape(text)}</span>"
 
-    def _try(self, work: Any) -> None:
-        """Do something that may fail for a reason that people can mend, and tell them where they look."""
+    def _try(self, work: Callable[[], str | None]) -> None:
+        """Do something that may fail for a reason that people can mend; tell them that, or what it has to say."""
         try:
             self._say(work() or "")
         except (ImageError, RunError, OSError) as error:
