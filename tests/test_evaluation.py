@@ -145,10 +145,11 @@ def test_only_good_or_only_defective_images(samples):
     assert bad.notes == ["No good image among 3: no image AU-ROC, AP and F1-max."]
 
 
-def test_the_mean_of_the_defects_weighted_by_their_regions_is_the_whole(samples):
-    found = evaluate(Brightness(), samples)
-    table = found.by_defect()  # a region an image: two dents, one hole
-    assert np.average(table["au_pro"], weights=table["images"]) == pytest.approx(found.metrics()["au_pro"])
+def test_each_defect_is_judged_as_if_there_were_no_others(samples):
+    table = evaluate(Brightness(), samples).by_defect()
+    for defect, index in (("dent", [0, 1, 2, 3]), ("hole", [0, 1, 4])):
+        alone = evaluate(Brightness(), [samples[k] for k in index]).metrics()
+        assert table.loc[defect, ["image_auroc", "au_pro"]].tolist() == [alone["image_auroc"], alone["au_pro"]]
 
 
 def test_decisions_count_what_lies_above_each_threshold(samples):
@@ -181,9 +182,31 @@ def write_regions(folder, values, size=(64, 64)):
     return folder
 
 
+def official_spro(heats, regions, limit):
+    """MVTec LOCO's rule, threshold by threshold, on the good images and those of one kind: areas are added up.
+
+    heats: maps of these images; regions: for each its list of (mask, pixels that saturate it), empty for a good one.
+    """
+    points = [(0.0, 0.0)]
+    for threshold in sorted({value for heat in heats for value in heat.ravel()}, reverse=True):
+        false, true, spros = 0, 0, []
+        for heat, defects in zip(heats, regions, strict=True):
+            found, good = heat >= threshold, np.ones(heat.shape, bool)
+            for mask, saturation in defects:
+                spros.append(min((found & mask).sum() / saturation, 1.0))
+                good &= ~mask
+            false, true = false + (found & good).sum(), true + (~found & good).sum()
+        points.append((false / (false + true), np.mean(spros)))
+    fpr, spro = np.array(points).T
+    x, y = np.append(fpr[fpr <= limit], limit), np.append(spro[fpr <= limit], np.interp(limit, fpr, spro))
+    return np.trapezoid(y, x) / limit
+
+
 def test_saturation_makes_the_metrics_of_mvtec_loco(samples, tmp_path):
-    logical = write_sample(tmp_path, "f", 150, "logical_anomalies", mask=False)
+    logical = write_sample(tmp_path, "f", 20, "logical_anomalies", mask=False)
     structural = write_sample(tmp_path, "g", 240, "structural_anomalies", mask=False)
+    noise = np.random.default_rng(0).integers(0, 200, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(logical.image)  # false positives that are none for the other kind
     logical = replace(logical, mask=write_regions(tmp_path / "f", [255, 254]), mask_level=1)
     structural = replace(structural, mask=write_regions(tmp_path / "g", [255]), mask_level=1)
     saturation = {255: Saturation("screw", 0.5, True), 254: Saturation("nut", 40, False)}
@@ -192,21 +215,15 @@ def test_saturation_makes_the_metrics_of_mvtec_loco(samples, tmp_path):
     result = found.metrics()
     kinds = ["logical", "structural", "mean"]
     assert list(result)[8:] == ["au_spro_05", *[f"{m}_{k}" for m in ("image_auroc", "au_spro_05") for k in kinds]]
-    # By hand from the sweep: the regions of each kind against the normal pixels of all images.
-    regions = [
-        [metrics.Region(read_mask(path, (64, 64), 1), count) for path, count in some]
-        for some in (
-            [],
-            [],
-            [(tmp_path / "f/000.png", 64), (tmp_path / "f/001.png", 40)],
-            [(tmp_path / "g/000.png", 64)],
-        )
-    ]
-    alone = metrics.sweep([found.heat(k) for k in range(4)], [found.mask(k) for k in range(4)], regions)
-    assert result["au_spro_05_logical"] == pytest.approx(alone.au_pro(0.05, [2], saturated=True))
-    assert result["au_spro_05"] == pytest.approx(
-        (2 * result["au_spro_05_logical"] + result["au_spro_05_structural"]) / 3
-    )
+    files = [[], [], [("f/000.png", 64), ("f/001.png", 40)], [("g/000.png", 64)]]
+    regions = [[(read_mask(tmp_path / name, (64, 64), 1), count) for name, count in some] for some in files]
+    official = {
+        kind: official_spro([found.heat(k) for k in images], [regions[k] for k in images], 0.05)
+        for kind, images in {"_logical": (0, 1, 2), "_structural": (0, 1, 3), "": range(4)}.items()
+    }
+    assert {kind: result[f"au_spro_05{kind}"] for kind in official} == pytest.approx(official)
+    assert result["au_spro_05_mean"] == pytest.approx((official["_logical"] + official["_structural"]) / 2)
+    assert found.by_defect()["au_spro_05"].tolist() == pytest.approx([official["_logical"], official["_structural"]])
     assert result["image_auroc_logical"] == roc_auc_score([0, 0, 1], found.scores[:3])
     assert result["image_auroc_mean"] == np.mean([result["image_auroc_logical"], result["image_auroc_structural"]])
     with pytest.raises(ValueError, match=r"f: pixel value 254 has no saturation threshold, only 255"):

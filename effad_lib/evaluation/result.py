@@ -63,8 +63,9 @@ class Evaluation:
         """Return what the field reports: of images and of pixels AU-ROC, AP and F1-max; AU-PRO up to 0.3 and 0.05.
 
         With `saturation` (MVTec LOCO) also AU-sPRO up to 0.05, it and the image AU-ROC of each kind of defect, and
-        their means over the kinds, which the paper reports. The pixel metrics are computed at the original image sizes,
-        one map at a time. A metric that cannot be computed is None, and `notes` says why.
+        their means over the kinds, which the paper reports; as in MVTec's evaluation code a kind is judged on the good
+        images and its own. The pixel metrics are computed at the original image sizes, one map at a time. A metric that
+        cannot be computed is None, and `notes` says why.
         """
         found = self.sweep if self._all_known else None
         result = {
@@ -105,21 +106,21 @@ class Evaluation:
         return notes
 
     def by_defect(self) -> pd.DataFrame:
-        """Return a row for each type of defect, each judged against all good images and all normal pixels.
+        """Return a row for each type of defect, each judged against all good images as if there were no other defects.
 
         Columns: images (count), image_auroc, au_pro, au_spro_05 if there is `saturation`, mean_score, misses (images
-        not above the detector's threshold); a value that cannot be computed is missing. The mean of `au_pro`, each
-        weighted by its number of regions, is that of all defects.
+        not above the detector's threshold); a value that cannot be computed is missing. The normal pixels are those of
+        the good images and of the defect's own: what the maps of other defects show is no false alarm here.
         """
         rows = {}
-        for defect in sorted({sample.defect for sample in self.samples if sample.label}):
-            bad = np.array([bool(s.label) and s.defect == defect for s in self.samples])
+        for group, defect in enumerate(self._defects, start=1):
+            bad = self._groups == group
             chosen, scores = bad | (self.labels == 0), self.scores[bad]
             rows[defect] = {
                 "images": bad.sum(),
                 "image_auroc": metrics.image_auroc(self.scores[chosen], self.labels[chosen]),
-                "au_pro": self._au_pro(bad, 0.3),
-                "au_spro_05": self._au_pro(bad, 0.05, saturated=True) if self.saturation else None,
+                "au_pro": self._au_pro(group, 0.3),
+                "au_spro_05": self._au_pro(group, 0.05, saturated=True) if self.saturation else None,
                 "mean_score": scores.mean(),
                 "misses": None if self.threshold is None else int((scores <= self.threshold).sum()),
             }
@@ -136,11 +137,22 @@ class Evaluation:
         table = pd.DataFrame.from_dict(rows, orient="index", columns=list(columns)).astype(columns)
         return table.rename_axis("defect")
 
-    def _au_pro(self, chosen: np.ndarray, limit: float, saturated: bool = False) -> float | None:
-        """AU-PRO of some images, bool [N]; None if one of them has no mask."""
-        if self.sweep is None or (chosen & ~self._known).any():
+    def _au_pro(self, group: int, limit: float, saturated: bool = False) -> float | None:
+        """AU-PRO of the good images and those of one type of defect; None if one of them has no mask."""
+        if self.sweep is None or not self._known[self._groups == group].all():
             return None
-        return self.sweep.au_pro(limit, np.flatnonzero(chosen[self._known]), saturated=saturated)
+        return self.sweep.au_pro(limit, [0, group], saturated=saturated)
+
+    @property
+    def _defects(self) -> list[str]:
+        """The types of defects in the order of their names; in `_groups` they count from 1."""
+        return sorted({sample.defect for sample in self.samples if sample.label})
+
+    @property
+    def _groups(self) -> np.ndarray:
+        """For each image 0 if it is good, else the number of its type of defect, int [N]."""
+        numbers = {defect: number for number, defect in enumerate(self._defects, start=1)}
+        return np.array([numbers[sample.defect] if sample.label else 0 for sample in self.samples])
 
     def decisions(self) -> pd.DataFrame:
         """Return what each threshold does to the test set: a row for each, the deployed ones first.
@@ -208,7 +220,7 @@ class Evaluation:
         """The pixel metrics of the images whose truth is known; None if there is no defective or no normal pixel."""
         known = np.flatnonzero(self._known)
         regions = _OnRequest(self._regions, known) if self.saturation else None
-        return metrics.sweep(_OnRequest(self.heat, known), _OnRequest(self.mask, known), regions)
+        return metrics.sweep(_OnRequest(self.heat, known), _OnRequest(self.mask, known), regions, self._groups[known])
 
     @property
     def _known(self) -> np.ndarray:
