@@ -169,7 +169,10 @@ def test_decisions_count_what_lies_above_each_threshold(samples):
         assert table.loc[f"{kind}, F1-max", "f1"] == pytest.approx(found.metrics()[f"{kind}_f1_max"])
     undecided = evaluate(Brightness(), samples)
     assert undecided.decisions().loc[["image", "pixel"]].isna().all(axis=None) and not len(undecided.confusion())
-    assert evaluate(detector, samples[:2]).decisions()[["false_alarms", "found", "f1"]].isna().all(axis=None)
+    good, bad = evaluate(detector, samples[:2]).decisions(), evaluate(detector, samples[2:]).decisions()
+    assert good.loc["image", "false_alarms"] == 0.5 and 0 < good.loc["pixel", "false_alarms"] < 1
+    assert bad.loc["image", "found"] == pytest.approx(2 / 3) and np.isnan(bad.loc["image", "false_alarms"])
+    assert good[["found", "f1"]].isna().all(axis=None) and np.isnan(bad.loc["image", "f1"])
 
 
 def write_regions(folder, values, size=(64, 64)):

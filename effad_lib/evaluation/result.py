@@ -338,11 +338,10 @@ def _map_file(folder: Path, index: int) -> Path:
 
 
 def _shares(normal: int, false_alarms: int, missed: int, found: int) -> list[float | None]:
-    """False alarms among the normal, found among the defective, and F1; None where nothing is known."""
-    if not normal + false_alarms or not missed + found:
-        return [None, None, None]
-    f1 = 2 * found / (2 * found + false_alarms + missed)
-    return [false_alarms / (normal + false_alarms), found / (missed + found), f1]
+    """False alarms among the normal, found among the defective, F1 where there are both; None for a share of none."""
+    good, bad = normal + false_alarms, missed + found
+    f1 = 2 * found / (2 * found + false_alarms + missed) if good and bad else None
+    return [false_alarms / good if good else None, found / bad if bad else None, f1]
 
 
 def _place(sample: Sample) -> PurePosixPath:
