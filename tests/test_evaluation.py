@@ -229,6 +229,11 @@ def test_saturation_makes_the_metrics_of_mvtec_loco(samples, tmp_path):
     assert found.by_defect()["au_spro_05"].tolist() == pytest.approx([official["_logical"], official["_structural"]])
     assert result["image_auroc_logical"] == roc_auc_score([0, 0, 1], found.scores[:3])
     assert result["image_auroc_mean"] == np.mean([result["image_auroc_logical"], result["image_auroc_structural"]])
+    assert found.notes == []
+    alone = evaluate(Brightness(), [*samples[:2], logical], saturation=saturation)
+    assert alone.metrics()["au_spro_05_logical"] == result["au_spro_05_logical"]
+    assert alone.metrics()["au_spro_05_mean"] is alone.metrics()["image_auroc_mean"] is None
+    assert alone.notes == ["No structural_anomalies among the images: no means over the two kinds."]
     with pytest.raises(ValueError, match=r"f: pixel value 254 has no saturation threshold, only 255"):
         evaluate(Brightness(), [*samples[:2], logical], saturation={255: saturation[255]}).metrics()
 

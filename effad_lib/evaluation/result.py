@@ -23,6 +23,9 @@ from effad_lib.runs import from_project, write_bytes, write_text
 
 MAP_NAMES = ("combined", "student_teacher", "student_autoencoder")
 
+KINDS = ("logical_anomalies", "structural_anomalies")
+"""The two kinds of defects in MVTec LOCO, over which the paper takes its means."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -63,7 +66,7 @@ class Evaluation:
         """Return what the field reports: of images and of pixels AU-ROC, AP and F1-max; AU-PRO up to 0.3 and 0.05.
 
         With `saturation` (MVTec LOCO) also AU-sPRO up to 0.05, it and the image AU-ROC of each kind of defect, and
-        their means over the kinds, which the paper reports; as in MVTec's evaluation code a kind is judged on the good
+        their means over the two, which the paper reports; as in MVTec's evaluation code a kind is judged on the good
         images and its own. The pixel metrics are computed at the original image sizes, one map at a time. A metric that
         cannot be computed is None, and `notes` says why.
         """
@@ -81,14 +84,14 @@ class Evaluation:
         return result | self._by_kind() if self.saturation else result
 
     def _by_kind(self) -> dict[str, float | None]:
-        """The metrics of MVTec LOCO: all defects together, each kind against the good images, the mean of the kinds."""
+        """The metrics of MVTec LOCO: all defects together, each kind against the good images, the mean of the two."""
         table = self.by_defect()
         result = {"au_spro_05": self.sweep.au_pro(0.05, saturated=True) if self._all_known and self.sweep else None}
         for metric in ("image_auroc", "au_spro_05"):
-            values = table[metric].rename(lambda kind: kind.removesuffix("_anomalies"))
-            each = {f"{metric}_{kind}": None if np.isnan(value) else float(value) for kind, value in values.items()}
-            mean = None if None in each.values() or not each else float(np.mean(list(each.values())))
-            result |= {**each, f"{metric}_mean": mean}
+            each = {kind: None if np.isnan(value) else float(value) for kind, value in table[metric].items()}
+            both = [each.get(kind) for kind in KINDS]
+            result |= {f"{metric}_{kind.removesuffix('_anomalies')}": value for kind, value in each.items()}
+            result[f"{metric}_mean"] = None if None in both else float(np.mean(both))
         return result
 
     @property
@@ -103,6 +106,8 @@ class Evaluation:
         unknown = sum(sample.label == 1 and sample.mask is None for sample in self.samples)
         if unknown:
             notes.append(f"{unknown} defective images have no mask: no pixel AU-ROC, AP, F1-max and AU-PRO.")
+        if self.saturation and (missing := [kind for kind in KINDS if kind not in self._defects]):
+            notes.append(f"No {' and no '.join(missing)} among the images: no means over the two kinds.")
         return notes
 
     def by_defect(self) -> pd.DataFrame:
