@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.metrics import f1_score, roc_auc_score
 
 from effad_lib import metrics
-from effad_lib.datasets import Sample, Saturation
+from effad_lib.datasets import DatasetError, Sample, Saturation
 from effad_lib.detector import AnomalyMaps
 from effad_lib.evaluation import (
     EvaluationSettings,
@@ -143,6 +143,16 @@ def test_only_good_or_only_defective_images(samples):
     bad = evaluate(Brightness(), samples[2:])
     assert bad.metrics()["image_auroc"] is None and bad.metrics()["au_pro"] > 0.5
     assert bad.notes == ["No good image among 3: no image AU-ROC, AP and F1-max."]
+
+
+def test_masks_without_a_defective_or_a_normal_pixel_are_told(samples):
+    for level, kind in ((1, "normal"), (255, "defective")):  # 254 is the highest value of the mask, 1 its lowest
+        pixels = np.full((64, 64), 1, np.uint8)
+        pixels[:4] = 254
+        Image.fromarray(pixels).save(samples[2].mask)
+        found = evaluate(Brightness(), [replace(samples[2], mask_level=level)])
+        assert found.metrics()["au_pro"] is None
+        assert found.notes[-1] == f"No {kind} pixel: no pixel AU-ROC, AP, F1-max and AU-PRO."
 
 
 def test_each_defect_is_judged_as_if_there_were_no_others(samples):
@@ -393,6 +403,16 @@ def test_a_folder_without_training_or_test_images_is_refused(finished, tmp_path)
         path.unlink()
     with pytest.raises(RunError, match="folder/data has no test images"):
         evaluate_run(finished.folder)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_run_with_an_empty_mask_is_refused_as_by_the_training(finished, tmp_path, value):
+    for name, marked in (("0", 255), ("1", value)):
+        mask = tmp_path / "data" / "ground_truth" / "dent" / f"{name}_mask.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((80, 96), marked, np.uint8)).save(mask)
+    with pytest.raises(DatasetError, match=r"1 of 2 samples are faulty(.|\n)*1_mask\.png: an empty mask"):
+        evaluate_run(finished.folder, "cpu")
 
 
 def test_settings_are_checked():

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from effad_lib.datasets import Split, load_dataset
+from effad_lib.datasets import Split, load_dataset, verify_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.evaluation.baselines import blind_scores, brightness_scores, unnormalised_scores
 from effad_lib.evaluation.latency import latency
@@ -62,12 +62,13 @@ def evaluate_run(run_folder: str | Path, device: str = "auto") -> tuple[Efficien
     """Evaluate the model of a finished training on the test images of its own data set.
 
     Nothing is written, see `finish_run`. Raises `RunError` for a folder without a finished training and for a data set
-    without test images.
+    without test images, and `DatasetError` for masks that a training would refuse, before the first image is scored.
     """
     run = Run(run_folder)
     split = data_of(run)
     if not split.test:
         raise RunError(f"{split.name} has no test images. Add test/good and test/<defect>, or use `effad detect`.")
+    verify_masks(split)
     detector = EfficientAD.load(run.model, pick_device(device))
     return detector, split, evaluate(detector, split.test, saturation=split.saturation)
 

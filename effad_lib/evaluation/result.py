@@ -101,8 +101,9 @@ class Evaluation:
         for label, kind in enumerate(("good", "defective")):
             if label not in self.labels:
                 notes.append(f"No {kind} image among {len(self.labels)}: no image AU-ROC, AP and F1-max.")
-        if 1 not in self.labels:
-            notes.append("No defective pixel: no pixel AU-ROC, AP, F1-max and AU-PRO.")
+        if self._all_known and self.sweep is None:
+            marked = any(self.mask(index).any() for index in range(len(self.samples)))
+            notes.append(f"No {'normal' if marked else 'defective'} pixel: no pixel AU-ROC, AP, F1-max and AU-PRO.")
         unknown = sum(sample.label == 1 and sample.mask is None for sample in self.samples)
         if unknown:
             notes.append(f"{unknown} defective images have no mask: no pixel AU-ROC, AP, F1-max and AU-PRO.")
