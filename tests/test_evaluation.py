@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from effad_lib import metrics
 from effad_lib.datasets import DatasetError, Sample, Saturation
 from effad_lib.detector import AnomalyMaps
 from effad_lib.evaluation import (
+    EvaluationError,
     EvaluationSettings,
     blind_scores,
     brightness_scores,
@@ -23,6 +25,7 @@ from effad_lib.evaluation import (
     evaluate_run,
     finish_run,
     load_maps,
+    tiff_places,
     unnormalised_scores,
     worst_mistakes,
 )
@@ -244,7 +247,7 @@ def test_saturation_makes_the_metrics_of_mvtec_loco(samples, tmp_path):
     assert alone.metrics()["au_spro_05_logical"] == result["au_spro_05_logical"]
     assert alone.metrics()["au_spro_05_mean"] is alone.metrics()["image_auroc_mean"] is None
     assert alone.notes == ["No structural_anomalies among the images: no means over the two kinds."]
-    with pytest.raises(ValueError, match=r"f: pixel value 254 has no saturation threshold, only 255"):
+    with pytest.raises(DatasetError, match=r"f: pixel value 254 has no saturation threshold, only 255"):
         evaluate(Brightness(), [*samples[:2], logical], saturation={255: saturation[255]}).metrics()
 
 
@@ -256,8 +259,23 @@ def test_maps_are_written_where_the_evaluation_code_of_mvtec_reads_them(samples,
     written = tifffile.imread(tmp_path / "maps" / "test" / "dent" / "000.tiff")
     assert written.dtype == np.float32 and np.array_equal(written, found.heat(0)) and written.shape == (80, 72)
     assert (tmp_path / "maps" / "test" / "good" / "a.tiff").is_file()
-    with pytest.raises(ValueError, match=r"2 images would have their map in test/good/a\.tiff"):
+    with pytest.raises(EvaluationError, match=r"2 images would have their map in test/good/a\.tiff"):
         evaluate(Brightness(), [samples[0], samples[0]]).save_tiffs(tmp_path / "twice")
+
+
+@pytest.mark.parametrize(
+    ("image", "defect", "place"),
+    [
+        ("/data/screw/test/dent/a/0.png", "dent", "test/dent/a/0.tiff"),
+        ("/test/can/test_public/bad/0.png", "bad", "test_public/bad/0.tiff"),
+        ("/test/screw/test/test/0.png", "test", "test/test/0.tiff"),  # above the data set, and the defect
+        ("/test/test/good/0.png", "good", "test/good/0.tiff"),
+        ("/test/mine/broken/0.png", "dent", "test/dent/0.tiff"),
+        ("/test/01/test/ok/0.bmp", "good", "test/good/0.tiff"),  # BTAD
+    ],
+)
+def test_a_map_keeps_its_path_below_the_test_folder_whatever_else_is_called_test(image, defect, place):
+    assert tiff_places([Sample(Path(image), None, int(defect != "good"), defect)]) == [PurePosixPath(place)]
 
 
 def test_unreadable_images_are_reported_and_skipped(samples, tmp_path):

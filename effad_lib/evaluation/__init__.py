@@ -12,8 +12,15 @@ from effad_lib.datasets import Split, load_dataset, verify_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.evaluation.baselines import blind_scores, brightness_scores, unnormalised_scores
 from effad_lib.evaluation.latency import latency
-from effad_lib.evaluation.result import MAP_NAMES, Evaluation, load_maps, worst_mistakes
-from effad_lib.evaluation.scoring import EvaluationError, evaluate
+from effad_lib.evaluation.result import (
+    MAP_NAMES,
+    Evaluation,
+    EvaluationError,
+    load_maps,
+    tiff_places,
+    worst_mistakes,
+)
+from effad_lib.evaluation.scoring import evaluate
 from effad_lib.runs import Run, RunError, resolve
 from effad_lib.settings import Settings, pick_device
 
@@ -30,6 +37,7 @@ __all__ = [
     "finish_run",
     "latency",
     "load_maps",
+    "tiff_places",
     "unnormalised_scores",
     "worst_mistakes",
 ]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from torch.nn import functional
 
 from effad_lib import metrics
-from effad_lib.datasets import Sample, Saturation
+from effad_lib.datasets import DatasetError, Sample, Saturation
 from effad_lib.detector import AnomalyMaps
 from effad_lib.images import Size, read_mask, read_regions
 from effad_lib.runs import from_project, write_bytes, write_text
@@ -25,6 +26,10 @@ MAP_NAMES = ("combined", "student_teacher", "student_autoencoder")
 
 KINDS = ("logical_anomalies", "structural_anomalies")
 """The two kinds of defects in MVTec LOCO, over which the paper takes its means."""
+
+
+class EvaluationError(ValueError):
+    """A detector or images that cannot be evaluated; the message names the image and the reason."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,9 @@ class Evaluation:
             mask, value = values >= sample.mask_level, int(values.max())
             if value not in self.saturation:
                 known = ", ".join(map(str, sorted(self.saturation)))
-                raise ValueError(f"{sample.mask}: pixel value {value} has no saturation threshold, only {known} have.")
+                raise DatasetError(
+                    f"{sample.mask}: pixel value {value} has no saturation threshold, only {known} have."
+                )
             regions.append(metrics.Region(mask, self.saturation[value].pixels(int(mask.sum()))))
         return regions
 
@@ -292,17 +299,26 @@ class Evaluation:
     def save_tiffs(self, folder: str | Path) -> None:
         """Write each combined map as float32 TIFF at its image's size, where the evaluation code of MVTec expects it.
 
-        That is `<folder>/test/<defect>/<image>.tiff`, the folders below `test` (or `test_public`) as in the data set.
-        Raises ValueError if two images would have the same file.
+        That is `<folder>/test/<defect>/<image>.tiff`, see `tiff_places`. Of MVTec AD 2 only the part `test_public` is
+        evaluated and written; MVTec's server wants the maps of `test_private` and `test_private_mixed` too.
         """
-        places = [_place(sample) for sample in self.samples]
-        for place, count in Counter(places).items():
-            if count > 1:
-                raise ValueError(f"{count} images would have their map in {place}: rename one of them.")
-        for index, place in enumerate(places):
+        for index, place in enumerate(tiff_places(self.samples)):
             packed = io.BytesIO()
             Image.fromarray(self.heat(index)).save(packed, format="TIFF")
             write_bytes(Path(folder) / place, packed.getvalue())
+
+
+def tiff_places(samples: Sequence[Sample]) -> list[PurePosixPath]:
+    """Return where `Evaluation.save_tiffs` writes the map of each image, below the folder of its category.
+
+    The path from the folder `test` (or `test_public`) that holds the image's folder <defect> on; for an image that lies
+    in no such folders `test/<defect>/<image>.tiff`. Raises `EvaluationError` if two images would have the same file.
+    """
+    places = [_place(sample) for sample in samples]
+    for place, count in Counter(places).items():
+        if count > 1:
+            raise EvaluationError(f"{count} images would have their map in {place}: rename one of them.")
+    return places
 
 
 def worst_mistakes(
@@ -352,7 +368,8 @@ def _shares(normal: int, false_alarms: int, missed: int, found: int) -> list[flo
 
 def _place(sample: Sample) -> PurePosixPath:
     """The path of an image's map below the folder of its category."""
-    parts = sample.image.parts
-    starts = [index for index, part in enumerate(parts[:-1]) if part in ("test", "test_public")]
+    # A folder above the data set, or the defect itself, may be called test too.
+    parts, tests = sample.image.parts, [(name, sample.defect) for name in ("test", "test_public")]
+    starts = [index for index, two in enumerate(pairwise(parts[:-1])) if two in tests]
     below = parts[starts[-1] :] if starts else ("test", sample.defect, sample.image.name)
     return PurePosixPath(*below).with_suffix(".tiff")
