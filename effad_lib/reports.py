@@ -99,8 +99,8 @@ def across(folders: Iterable[str | Path]) -> pd.DataFrame:
     """Return mean and deviation over seeds: a row for each data set and each set of settings that differ in more.
 
     Rows are named by data, size and the settings in which the runs given differ. Columns: `runs` (count), and for each
-    metric a pair (mean, deviation); the deviation is the sample's, missing for a single run. Raises `RunError` for a
-    folder that holds no evaluation.
+    metric that a run has, and for the image AU-ROC in any case, a pair (mean, deviation); the deviation is the
+    sample's, missing for a single run. Raises `RunError` for a folder that holds no evaluation.
     """
     made, rows = _parameters(folders), []
     differ = {
@@ -113,7 +113,8 @@ def across(folders: Iterable[str | Path]) -> pd.DataFrame:
         rows.append(
             {"run": ", ".join([f"{metrics['data']} {metrics['size']}", *named])} | {n: metrics.get(n) for n in COMPARED}
         )
-    table = pd.DataFrame(rows).set_index("run").astype(float).dropna(axis="columns", how="all")
+    table = pd.DataFrame(rows).set_index("run").astype(float)
+    table = table.loc[:, table.notna().any() | (table.columns == "image_auroc")]
     groups = table.groupby("run", sort=False)
     result = groups.agg(["mean", "std"]).rename(columns={"std": "deviation"}, level=1)
     result.insert(0, ("runs", ""), groups.size())

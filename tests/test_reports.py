@@ -38,12 +38,17 @@ def test_the_page_has_all_tables_and_every_figure_it_shows(found, tmp_path):
     assert f"{found.metrics()['image_auroc']:.3f}" in text and "have no mask" in text and "called defective" in text
 
 
-def write_run(folder, seed, auroc, *, data="mvtec_ad/screw", steps=100, au_pro=0.9):
+def write_run(
+    folder, seed, auroc, *, data="mvtec_ad/screw", steps=100, au_pro=0.9, image_ap=0.9, size="S", root="", dataset=""
+):
     """A run folder as `effad evaluate` leaves it."""
-    folder.mkdir(parents=True)
-    made = TrainingSettings(seed=seed, run_folder=str(folder), steps=steps, dataset="mvtec_ad", category="screw")
+    folder.mkdir(parents=True, exist_ok=True)
+    known, _, category = data.partition("/")
+    made = {"dataset": dataset or known, "category": category, "data_root": root, "steps": steps, "seed": seed}
+    made = TrainingSettings(run_folder=str(folder), size=size, **made)
     (folder / "parameters.yaml").write_text(yaml.safe_dump(made.as_dict()))
-    result = {"data": data, "image_auroc": auroc, "image_ap": 0.9, "pixel_auroc": None, "au_pro": au_pro, "size": "S"}
+    result = {"data": data, "image_auroc": auroc, "image_ap": image_ap, "pixel_auroc": None, "au_pro": au_pro}
+    result["size"] = size
     (folder / "metrics.json").write_text(json.dumps(result))
     return folder
 
@@ -59,6 +64,13 @@ def test_seeds_make_a_mean_and_a_deviation_and_other_settings_another_row(tmp_pa
     assert pd.isna(table["image_auroc", "deviation"].iloc[1]) and "pixel_auroc" not in table
     with pytest.raises(RunError, match=r"holds no evaluation.*effad evaluate"):
         reports.across([tmp_path / "nothing"])
+
+
+def test_runs_that_no_metric_is_known_of_have_a_dash(tmp_path):
+    run = write_run(tmp_path / "good_only", 0, None, au_pro=None, image_ap=None)
+    table = reports.across([run])
+    assert table.columns.tolist() == [("runs", ""), ("image_auroc", "mean"), ("image_auroc", "deviation")]
+    assert re.search(r"^mvtec_ad/screw S +1 +–$", reports.beside_published([run]), re.MULTILINE)
 
 
 def test_published_figures_and_departures_stand_beside_ours(tmp_path):
