@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
+PUBLISHED_DATA = frozenset({"mvtec_ad", "mvtec_ad_2", "mvtec_loco", "visa", "btad", "elpv"})
+"""Data sets that are the same for everybody, as `load_dataset` calls them."""
+
 PAPER = {
     "mvtec_ad": {"S": {"image_auroc": 0.988}, "M": {"image_auroc": 0.991}},
     "visa": {"S": {"image_auroc": 0.975}, "M": {"image_auroc": 0.981}},

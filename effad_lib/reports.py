@@ -17,7 +17,7 @@ from effad_lib import plots
 from effad_lib.batch import departures
 from effad_lib.evaluation import MAP_NAMES, Evaluation, worst_mistakes
 from effad_lib.images import Size, load_images
-from effad_lib.published import published
+from effad_lib.published import PUBLISHED_DATA, published
 from effad_lib.runs import Run, RunError, from_project, resolve, write_text
 from effad_lib.settings import SettingsError
 from effad_lib.training import TrainingSettings
@@ -98,21 +98,26 @@ def write_report(folder: str | Path, found: Evaluation, image_size: Size, result
 def across(folders: Iterable[str | Path]) -> pd.DataFrame:
     """Return mean and deviation over seeds: a row for each data set and each set of settings that differ in more.
 
-    Rows are named by data, size and the settings in which the runs given differ. Columns: `runs` (count), and for each
+    Rows are named by data, size and the settings in which the runs given differ, and by where the data lie if other
+    data of the same name are among them: the name of a folder is not the data. Columns: `runs` (count), and for each
     metric that a run has, and for the image AU-ROC in any case, a pair (mean, deviation); the deviation is the
     sample's, missing for a single run. Raises `RunError` for a folder that holds no evaluation.
     """
-    made, rows = _parameters(folders), []
+    made = _parameters(folders)
     differ = {
         name for one in made.values() for name in one if len({str(other.get(name)) for other in made.values()}) > 1
     }
     differ -= {"run_folder", "seed", "device", "data_root", "dataset", "category", "size"}
+    metrics = {folder: Run(folder).metrics for folder in made}
+    sources: dict[str, set[str]] = {}
     for folder, parameters in made.items():
-        metrics = Run(folder).metrics
+        sources.setdefault(metrics[folder]["data"], set()).add(_source(parameters))
+    rows = []
+    for folder, parameters in made.items():
+        data, size = metrics[folder]["data"], metrics[folder]["size"]
         named = [f"{name} {parameters.get(name)}" for name in sorted(differ)]
-        rows.append(
-            {"run": ", ".join([f"{metrics['data']} {metrics['size']}", *named])} | {n: metrics.get(n) for n in COMPARED}
-        )
+        named += [_source(parameters)] if len(sources[data]) > 1 else []
+        rows.append({"run": ", ".join([f"{data} {size}", *named])} | {n: metrics[folder].get(n) for n in COMPARED})
     table = pd.DataFrame(rows).set_index("run").astype(float)
     table = table.loc[:, table.notna().any() | (table.columns == "image_auroc")]
     groups = table.groupby("run", sort=False)
@@ -154,6 +159,14 @@ def _parameters(folders: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
             raise RunError(f"{folder} holds no evaluation. Make one: effad evaluate {folder}")
         made[folder] = yaml.safe_load((folder / "parameters.yaml").read_text(encoding="utf-8"))
     return made
+
+
+def _source(parameters: Mapping[str, Any]) -> str:
+    """The data set and its folder; "" for a published one, which is the same wherever it lies."""
+    dataset, root = parameters["dataset"], parameters["data_root"]
+    if dataset in PUBLISHED_DATA:
+        return ""
+    return f"{dataset} in {from_project(resolve(root))}" if root else dataset
 
 
 def _difference(parameters: Mapping[str, Any]) -> str:

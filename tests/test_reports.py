@@ -66,6 +66,19 @@ def test_seeds_make_a_mean_and_a_deviation_and_other_settings_another_row(tmp_pa
         reports.across([tmp_path / "nothing"])
 
 
+def test_data_of_the_same_name_in_other_folders_are_no_seeds(tmp_path):
+    mine, other = tmp_path / "monday" / "parts", tmp_path / "friday" / "parts"
+    where = {"data": "folder/parts", "dataset": "folder"}
+    runs = [write_run(tmp_path / str(seed), seed, 0.9, root=str(mine), **where) for seed in range(2)]
+    runs += [write_run(tmp_path / "other", 2, 0.5, root=str(other), **where)]
+    table = reports.across(runs)
+    assert table.index.tolist() == [f"folder/parts S, folder in {folder}" for folder in (mine, other)]
+    assert table["runs"].tolist() == [2, 1] and table["image_auroc", "mean"].tolist() == [0.9, 0.5]
+    assert reports.across(runs[:2]).index.tolist() == ["folder/parts S"]
+    moved = [write_run(tmp_path / f"screw{seed}", seed, 0.9, root=str(tmp_path / str(seed))) for seed in range(2)]
+    assert reports.across(moved)["runs"].tolist() == [2], "MVTec AD is the same wherever it lies"
+
+
 def test_runs_that_no_metric_is_known_of_have_a_dash(tmp_path):
     run = write_run(tmp_path / "good_only", 0, None, au_pro=None, image_ap=None)
     table = reports.across([run])
