@@ -134,14 +134,14 @@ def beside_published(folders: Iterable[str | Path]) -> str:
     made = _parameters(folders)
     own = across(made)
     lines = [_as_text(own)]
-    for data, size in sorted({(Run(folder).metrics["data"], Run(folder).metrics["size"]) for folder in made}):
-        theirs = published(data, size)
+    sizes: dict[str, list[str]] = {}
+    for metrics in (Run(folder).metrics for folder in made):
+        sizes.setdefault(metrics["data"], []).append(metrics["size"])
+    for data in sorted(sizes):
+        theirs = pd.concat([published(data, size) for size in sorted(set(sizes[data]))])
+        theirs = theirs[~theirs.index.duplicated()]  # XS stands beside the figures of S
         if len(theirs):
-            lines += [
-                "",
-                f"Published for {data}, size {size}:",
-                theirs.to_string(na_rep="–", float_format="{:.3f}".format),
-            ]
+            lines += ["", f"Published for {data}:", theirs.to_string(na_rep="–", float_format="{:.3f}".format)]
     lines += ["", "What differs from the paper:"]
     said: dict[str, list[str]] = {}
     for folder, parameters in made.items():
