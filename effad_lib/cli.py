@@ -367,6 +367,7 @@ def threshold(options: argparse.Namespace) -> int:
     from effad_lib import calibration
     from effad_lib.detector import EfficientAD
     from effad_lib.images import find_images, load_images
+    from effad_lib.runs import Run
     from effad_lib.settings import pick_device
     from effad_lib.training import TrainingSettings
 
@@ -389,7 +390,11 @@ def threshold(options: argparse.Namespace) -> int:
     print(f"false alarms     a share of {above:.3g} expected{kept}")
     print(f"image threshold  {detector.threshold:.4g}")
     print(f"pixel threshold  {detector.pixel_threshold:.4g}")
-    print(detector.save(Path(options.out).expanduser() if options.out else path))
+    saved = detector.save(Path(options.out).expanduser() if options.out else path)
+    print(saved)
+    run = Run(saved.resolve().parent)
+    if run.done and run.model == saved.resolve():
+        print(f"It was evaluated with the thresholds before, so evaluate again: effad evaluate {run.folder}")
     return 0
 
 

@@ -27,7 +27,7 @@ COMPARED = ("image_auroc", "image_ap", "pixel_auroc", "au_pro", "au_pro_05", "im
 
 STYLE = (
     "body{font:15px sans-serif;max-width:960px;margin:2em auto}img{max-width:100%}"
-    "td,th{padding:2px 10px;text-align:right}"
+    "td,th{padding:2px 10px;text-align:right}pre{overflow-x:auto}"
 )
 
 
@@ -68,9 +68,11 @@ def figures(found: Evaluation, image_size: Size) -> Iterable[tuple[str, str, Fig
 def write_report(folder: str | Path, found: Evaluation, image_size: Size, result: Mapping[str, Any]) -> Path:
     """Write `report.html` with all tables, and `figures/`, into a run folder; return the page's path.
 
-    result: what `finish_run` returned. The page needs nothing but the figures beside it.
+    result: what `finish_run` returned, which must have written it there too: the page compares the folder's evaluation
+    with the published ones. It needs nothing but the figures beside it. Raises `RunError` as `across`.
     """
     folder = resolve(folder)
+    beside = html.escape(beside_published([folder]))
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     data = html.escape(str(result["data"]))
     parts = [f"<h1>{data}</h1>", *(f"<p>{html.escape(note)}</p>" for note in found.notes)]
@@ -91,6 +93,7 @@ def write_report(folder: str | Path, found: Evaluation, image_size: Size, result
         figure.savefig(folder / "figures" / f"{name}.png", dpi=100)
         plt.close(figure)
         parts.append(f'<h2>{html.escape(caption)}</h2><img src="figures/{name}.png" alt="{html.escape(caption)}">')
+    parts.append(f"<h2>Beside the published figures</h2><pre>{beside}</pre>")
     page = f'<!doctype html><meta charset="utf-8"><title>{data}</title><style>{STYLE}</style>{"".join(parts)}\n'
     return write_text(folder / "report.html", page)
 

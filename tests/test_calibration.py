@@ -14,7 +14,7 @@ from effad_lib.calibration import MARKED, calibrate, choose_thresholds, measure_
 from effad_lib.cli import main
 from effad_lib.detector import EfficientAD
 from effad_lib.images import load_images, to_float
-from effad_lib.runs import RunError
+from effad_lib.runs import Run, RunError
 from effad_lib.settings import SettingsError
 
 
@@ -158,3 +158,17 @@ def test_a_model_of_before_can_be_given_thresholds(model, picture, tmp_path, cap
     assert main(["threshold", str(new)]) == 0  # in place, by the stored scores: the highest
     assert "12 of 12\nfalse alarms     a share of 0.0769 expected\n" in capsys.readouterr().out
     assert EfficientAD.load(new).threshold == loaded.calibration["scores"][-1] > loaded.threshold
+
+
+def test_other_thresholds_than_the_evaluated_ones_ask_for_another_evaluation(model, tmp_path, capsys):
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    run.model.write_bytes(model.read_bytes())
+    remark = f"evaluate again: effad evaluate {run.folder}\n"
+    assert main(["threshold", str(run.model)]) == 0
+    assert remark not in capsys.readouterr().out, "it was not evaluated yet"
+    run.finish({"image_auroc": 0.5})
+    assert main(["threshold", str(run.model), "--out", str(run.folder / "other.safetensors")]) == 0
+    assert remark not in capsys.readouterr().out, "the run's own model stays"
+    assert main(["threshold", str(run.model)]) == 0
+    assert capsys.readouterr().out.endswith(remark)

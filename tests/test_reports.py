@@ -1,5 +1,6 @@
 """The page of a run, and several runs beside each other and the published figures."""
 
+import html
 import json
 import re
 
@@ -29,13 +30,20 @@ def found(picture, tmp_path):
 
 
 def test_the_page_has_all_tables_and_every_figure_it_shows(found, tmp_path):
-    page = reports.write_report(tmp_path / "run", found, (64, 64), {"data": "mine <script>", **found.metrics()})
+    with pytest.raises(RunError, match="holds no evaluation"):
+        reports.write_report(tmp_path / "run", found, (64, 64), {"data": "mine", **found.metrics()})
+    data = "mvtec_ad/<script>"
+    run = write_run(tmp_path / "run", 0, found.metrics()["image_auroc"], data=data, steps=123)
+    page = reports.write_report(run, found, (64, 64), {"data": data, **found.metrics()})
     text = page.read_text(encoding="utf-8")
     assert page == tmp_path / "run" / "report.html" and "<script>" not in text and "&lt;script&gt;" in text
     pictures = re.findall(r'src="([^"]+)"', text)
     assert pictures == [f"figures/{name}.png" for name in ("scores", "roc", "misses", "false_alarms")]
     assert all((page.parent / name).stat().st_size > 5000 for name in pictures)
     assert f"{found.metrics()['image_auroc']:.3f}" in text and "have no mask" in text and "called defective" in text
+    (compared,) = re.findall("<pre>(.*?)</pre>", text, re.DOTALL)
+    assert html.unescape(compared) == reports.beside_published([run])
+    assert "the paper, S, mean of all" in compared and "steps: 123 (paper: 70000)" in compared
 
 
 def write_run(
