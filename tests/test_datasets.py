@@ -154,8 +154,10 @@ def test_test_images_without_a_defect_folder_are_refused(tmp_path):
 
 
 def test_folder_missing_or_empty(tmp_path):
-    with pytest.raises(DatasetError, match="no folder at root"):
+    with pytest.raises(DatasetError, match=r"no folder at root ''\. Give as root one of good images:") as error:
         load_dataset("folder")
+    for part in ("train/good/000.png", "test/<defect>/000.png", "ground_truth/<defect>/000_mask.png"):
+        assert part in str(error.value)
     with pytest.raises(DatasetError, match=r"no folder at root .*absent"):
         load_dataset("folder", root=tmp_path / "absent")
     with pytest.raises(DatasetError, match="no image"):
