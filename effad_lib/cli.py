@@ -380,7 +380,7 @@ def threshold(options: argparse.Namespace) -> int:
         files = find_images(folder)
         calibration.rank(len(files), rate, confidence)  # refused before any image is read
         images = load_images(files, detector.image_size, description="reading normal images")
-        calibration.measure_normals(detector, images, source=folder.name)
+        calibration.measure_normals(detector, images, source=folder.name, names=files)
     calibration.choose_thresholds(detector, rate, confidence)
     chosen = detector.calibration
     kept = f"; at most {rate:.3g} with confidence {confidence:g}" if rate else ""
