@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -61,16 +61,16 @@ def calibrate(
 
     `images` uint8 [N, 3, H, W], never seen in training and never from a test set. The quantiles run over all values of
     the raw maps, before padding and resizing. Thresholds as in `choose_thresholds`. Raises `RunError` if a map is not
-    finite, and `SettingsError` as `rank`.
+    finite, naming the image's index, and `SettingsError` as `rank`.
     """
     rank(len(images), false_alarm_rate, confidence)
     detector.eval()
     maps = [
         torch.cat(detector.raw_maps(batch), dim=1).float().cpu() for batch in _batches(detector, images, batch_size)
     ]
-    values = torch.cat(maps).transpose(0, 1).flatten(1).numpy()
-    if not np.isfinite(values).all():
-        raise RunError("an anomaly map of a held-out normal image is not finite: the training has diverged.")
+    values = torch.cat(maps)
+    _check_finite(values.flatten(1).isfinite().all(dim=1).numpy(), ())
+    values = values.transpose(0, 1).flatten(1).numpy()
     # NumPy's quantile, as torch's refuses more than 2^24 values.
     quantiles = np.quantile(values, QUANTILES, axis=1).T
     detector.quantiles.copy_(torch.from_numpy(quantiles))
@@ -79,11 +79,14 @@ def calibrate(
 
 
 @torch.inference_mode()
-def measure_normals(detector: EfficientAD, images: Tensor, *, source: str = "", batch_size: int = 8) -> None:
+def measure_normals(
+    detector: EfficientAD, images: Tensor, *, source: str = "", names: Sequence[object] = (), batch_size: int = 8
+) -> None:
     """Store what a calibrated detector finds on normal images, from which `choose_thresholds` chooses.
 
     `images` as in `calibrate`. `detector.calibration` gets the sorted image scores, the sorted values that all but
-    `MARKED` of an image's pixels stay below, and where the images came from, if a `source` is named.
+    `MARKED` of an image's pixels stay below, and where the images came from, if a `source` is named. Raises `RunError`
+    if a map is not finite, naming the image as in `names`, such as its file, or by its index.
     """
     detector.eval()
     scores, pixels = [], []
@@ -91,8 +94,7 @@ def measure_normals(detector: EfficientAD, images: Tensor, *, source: str = "", 
         found = detector(batch)
         scores += found.score.tolist()
         pixels += np.quantile(found.combined.flatten(1).cpu().numpy(), 1 - MARKED, axis=1, method="higher").tolist()
-    if not np.isfinite(scores).all():
-        raise RunError("an anomaly map of a normal image is not finite: the training has diverged.")
+    _check_finite(np.isfinite(scores), names)
     detector.calibration = {"normals": len(scores), "scores": sorted(scores), "pixels": sorted(pixels)}
     detector.calibration |= {"source": source} if source else {}
 
@@ -112,6 +114,17 @@ def choose_thresholds(detector: EfficientAD, false_alarm_rate: float, confidence
     detector.threshold, detector.pixel_threshold = stored["scores"][place - 1], stored["pixels"][place - 1]
     rule = {"false_alarm_rate": false_alarm_rate, "confidence": confidence, "rank": place}
     detector.calibration = stored | rule
+
+
+def _check_finite(finite: np.ndarray, names: Sequence[object]) -> None:
+    """Raise `RunError` unless all maps are finite, bool [N]; it names the first image whose map is not."""
+    if not finite.all():
+        index = int(finite.argmin())
+        name = names[index] if names else f"normal image {index}"
+        raise RunError(
+            f"{name}: its anomaly map holds NaN or infinite values. The training has diverged: train again with "
+            f"a lower learning_rate or in precision float32."
+        )
 
 
 def _batches(detector: EfficientAD, images: Tensor, batch_size: int) -> Iterable[Tensor]:

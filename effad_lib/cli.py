@@ -260,7 +260,10 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad evaluate`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folders of finished trainings")
     parser.add_argument(
-        "--save-tiffs", metavar="FOLDER", help="also write the maps as MVTec's evaluation code reads them"
+        "--save-tiffs",
+        metavar="FOLDER",
+        help="also write the maps as MVTec's evaluation code reads them: into FOLDER/CATEGORY/test, "
+        "with several runs into FOLDER/RUN/CATEGORY/test",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
 
@@ -271,10 +274,12 @@ def evaluate(options: argparse.Namespace) -> int:
     from effad_lib import batch, evaluation, reports
 
     folders = [Path(run).expanduser().resolve() for run in options.runs]
-    for folder in folders:
-        detector, split, found = evaluation.evaluate_run(folder, options.device)
-        if options.save_tiffs:
-            found.save_tiffs(Path(options.save_tiffs).expanduser() / split.name.rpartition("/")[2])
+    splits = [evaluation.data_to_test(folder) for folder in folders]  # all, before the first is evaluated
+    targets = _tiff_folders(options.save_tiffs, folders, splits)
+    for folder, target in zip(folders, targets, strict=True):
+        detector, _, found = evaluation.evaluate_run(folder, options.device)
+        if target:
+            found.save_tiffs(target)
         result = evaluation.finish_run(folder, detector, found)
         page = reports.write_report(folder, found, detector.image_size, result)
         print(batch.as_text(batch.results([folder])))
@@ -287,6 +292,26 @@ def evaluate(options: argparse.Namespace) -> int:
     if len(folders) > 1:
         print(f"\n{reports.beside_published(folders)}")
     return 0
+
+
+def _tiff_folders(root: str | None, runs: list[Path], splits: list[Any]) -> list[Path | None]:
+    """Return where the maps of each run go; raises `EvaluationError` if two maps would be written to the same file."""
+    from effad_lib import evaluation
+
+    if root is None:
+        return [None] * len(runs)
+    targets: dict[Path, Path] = {}
+    for run, split in zip(runs, splits, strict=True):
+        evaluation.tiff_places(split.test)
+        above = Path(root).expanduser() / (run.name if len(runs) > 1 else "")
+        target = above / split.name.rpartition("/")[2]
+        if target in targets:
+            raise evaluation.EvaluationError(
+                f"{targets[target]} and {run} would both have their maps in {target}. Evaluate them one by one, each "
+                f"with a folder of its own for --save-tiffs."
+            )
+        targets[target] = run
+    return list(targets)
 
 
 def detect_options(parser: argparse.ArgumentParser) -> None:
@@ -342,6 +367,7 @@ def threshold(options: argparse.Namespace) -> int:
     from effad_lib import calibration
     from effad_lib.detector import EfficientAD
     from effad_lib.images import find_images, load_images
+    from effad_lib.runs import Run
     from effad_lib.settings import pick_device
     from effad_lib.training import TrainingSettings
 
@@ -354,7 +380,7 @@ def threshold(options: argparse.Namespace) -> int:
         files = find_images(folder)
         calibration.rank(len(files), rate, confidence)  # refused before any image is read
         images = load_images(files, detector.image_size, description="reading normal images")
-        calibration.measure_normals(detector, images, source=folder.name)
+        calibration.measure_normals(detector, images, source=folder.name, names=files)
     calibration.choose_thresholds(detector, rate, confidence)
     chosen = detector.calibration
     kept = f"; at most {rate:.3g} with confidence {confidence:g}" if rate else ""
@@ -364,7 +390,11 @@ def threshold(options: argparse.Namespace) -> int:
     print(f"false alarms     a share of {above:.3g} expected{kept}")
     print(f"image threshold  {detector.threshold:.4g}")
     print(f"pixel threshold  {detector.pixel_threshold:.4g}")
-    print(detector.save(Path(options.out).expanduser() if options.out else path))
+    saved = detector.save(Path(options.out).expanduser() if options.out else path)
+    print(saved)
+    run = Run(saved.resolve().parent)
+    if run.done and run.model == saved.resolve():
+        print(f"It was evaluated with the thresholds before, so evaluate again: effad evaluate {run.folder}")
     return 0
 
 

@@ -68,122 +68,125 @@ Regions = Sequence[Sequence[Region]]
 class FoundShares(NamedTuple):
     """How much of the defective pixels is found at every threshold at which that changes, from the highest down.
 
-    Made by `sweep`. T `thresholds`, P defective pixels; N images. `normals` and `normals_above` count normal pixels of
-    all images: those >= and those > each threshold, int [T]; `total` all of them. `step` int [P] is the threshold at
-    which a pixel is found, `image` int [P] where it is; `overlap` and `saturated` float [P] are the shares of its
-    region that it makes up, summed over the regions it lies in: without saturation and with it. `regions` int [2, N]
-    counts the regions of each image, for the two.
+    Made by `sweep`. T `thresholds`, P defective pixels, G groups of images. `normals` and `normals_above` count the
+    normal pixels of each group: those >= and those > each threshold, int [G, T]; `total` int [G] all of them. `step`
+    int [P] is the threshold at which a pixel is found, `group` int [P] where it is; `overlap` and `saturated` float [P]
+    are the shares of its region that it makes up, summed over the regions it lies in: without saturation and with it.
     """
 
     thresholds: np.ndarray
     normals: np.ndarray
     normals_above: np.ndarray
-    total: int
+    total: np.ndarray
     step: np.ndarray
-    image: np.ndarray
+    group: np.ndarray
     overlap: np.ndarray
     saturated: np.ndarray
-    regions: np.ndarray
 
     @property
     def auroc(self) -> float:
         """Area under the ROC curve over all pixels of all maps together."""
-        return _area(*self._curve(self._counts()))
+        return _area(*self._curve(self._counts(), np.ones(len(self.total), dtype=bool)))
 
     @property
     def ap(self) -> float:
         """Average precision of the pixels; a random map reaches the share of defective ones."""
         counts = self._counts()
         found = np.cumsum(counts)
-        return min(1.0, float((counts * found / (found + self.normals)).sum() / found[-1]))
+        return min(1.0, float((counts * found / (found + self.normals.sum(axis=0))).sum() / found[-1]))
 
     @property
     def f1_max(self) -> tuple[float, float]:
         """Best F1 of the pixels over all thresholds, and the highest threshold that reaches it; as `image_f1_max`."""
         found = np.cumsum(self._counts())
-        f1 = 2 * found / (found + self.normals + found[-1])
+        f1 = 2 * found / (found + self.normals.sum(axis=0) + found[-1])
         return float(f1.max()), float(self.thresholds[f1.argmax()])
 
-    def pro_curve(self, images: Sequence[int] | None = None, *, saturated: bool = False) -> Curve | None:
+    def pro_curve(self, groups: Sequence[int] | None = None, *, saturated: bool = False) -> Curve | None:
         """Per-region overlap against false-positive rate, as the vertices of the exact curve.
 
         Overlap: the found share of each region, averaged over all regions of all images, so that a small region
         counts as much as a large one; `saturated` divides by the saturation of the region instead of its area (sPRO).
-        False-positive rate: the found share of all normal pixels, those of defect-free images included. `images` takes
-        only the regions of these; the normal pixels remain those of all. Two float arrays [V] rising from (0, 0) to
-        (1, 1), or None if the chosen images have no region.
+        False-positive rate: the found share of all normal pixels, those of defect-free images included. `groups` takes
+        the images of these as if there were no others: neither the regions nor the normal pixels of the rest count. Two
+        float arrays [V] rising from (0, 0) to (1, 1), or None if the chosen images have no region or no normal pixel.
         """
-        weights, regions = (self.saturated, self.regions[1]) if saturated else (self.overlap, self.regions[0])
-        if images is not None:
-            chosen = np.zeros(len(regions), dtype=bool)
-            chosen[list(images)] = True
-            weights, regions = weights * chosen[self.image], regions[chosen]
-        if not regions.sum():
+        chosen = np.full(len(self.total), groups is None)
+        if groups is not None:
+            chosen[list(groups)] = True
+        weights = (self.saturated if saturated else self.overlap) * chosen[self.group]
+        if not weights.any() or not self.total[chosen].any():
             return None
-        return self._curve(np.bincount(self.step, weights, minlength=len(self.normals)))
+        return self._curve(np.bincount(self.step, weights, minlength=len(self.thresholds)), chosen)
 
     def au_pro(
-        self, fpr_limit: float = 0.3, images: Sequence[int] | None = None, *, saturated: bool = False
+        self, fpr_limit: float = 0.3, groups: Sequence[int] | None = None, *, saturated: bool = False
     ) -> float | None:
         """Area under `pro_curve` up to a false-positive rate, divided by that rate: AU-PRO, or saturated AU-sPRO.
 
         The overlap at the limit is interpolated linearly. In [0, 1]; a random map reaches fpr_limit / 2. fpr_limit in
-        (0, 1], 0.3 in the paper, 0.05 for MVTec LOCO and MVTec AD 2. None if the chosen images have no region.
+        (0, 1], 0.3 in the paper, 0.05 for MVTec LOCO and MVTec AD 2. None where there is no curve.
         """
         if not 0 < fpr_limit <= 1:
             raise ValueError(f"fpr_limit is {fpr_limit}; it must lie in (0, 1], usually 0.3")
-        curve = self.pro_curve(images, saturated=saturated)
+        curve = self.pro_curve(groups, saturated=saturated)
         return None if curve is None else _area(*curve, fpr_limit)
 
     def _counts(self) -> np.ndarray:
         """Defective pixels found at each threshold."""
-        return np.bincount(self.step, minlength=len(self.normals))
+        return np.bincount(self.step, minlength=len(self.thresholds))
 
-    def _curve(self, weights: np.ndarray) -> Curve:
+    def _curve(self, weights: np.ndarray, chosen: np.ndarray) -> Curve:
         """Found share of the normal pixels, and of these weights of the thresholds: just above each, then at it."""
         found = np.cumsum(weights)
-        fpr = np.stack([self.normals_above, self.normals], axis=1).ravel() / self.total
+        normals = [chosen @ self.normals_above, chosen @ self.normals]  # of the chosen groups together
+        fpr = np.stack(normals, axis=1).ravel() / (chosen @ self.total)
         share = np.stack([np.append(0.0, found[:-1]), found], axis=1).ravel() / found[-1]
         return np.concatenate([[0.0], fpr, [1.0]]), np.concatenate([[0.0], share, [1.0]])
 
 
-def sweep(maps: Maps, masks: Maps, regions: Regions | None = None) -> FoundShares | None:
+def sweep(
+    maps: Maps, masks: Maps, regions: Regions | None = None, groups: Sequence[int] | None = None
+) -> FoundShares | None:
     """Lower a threshold over all maps together, once for all pixel metrics; None without defective or normal pixels.
 
     maps: N arrays float [H, W]; masks: N arrays bool [H, W], True where defective; sizes may differ from image to
     image. regions: for each image its annotated ones, for AU-sPRO; they may overlap, and must make up the mask. AU-PRO
-    takes 8-connected regions of the mask in any case. Raises ValueError for NaN or infinite values and for a mask
-    that does not fit, naming the image's index.
+    takes 8-connected regions of the mask in any case. groups: for each image the number of its group, from 0, whose
+    normal pixels are counted apart; without it all are in one. Raises ValueError for NaN or infinite values and for a
+    mask that does not fit, naming the image's index.
 
     The maps are read twice, one at a time, so the arguments may be sequences that compute their items. Beyond one map
-    it takes about 130 bytes a defective pixel. Nothing is binned: the curves bend only at values that a defective pixel
-    takes. These are collected and sorted, and of the normal pixels, the many, it is enough to count how many lie
-    between one such value and the next.
+    it takes about 130 bytes a defective pixel, and 16 more for each group. Nothing is binned: the curves bend only at
+    values that a defective pixel takes. These are collected and sorted, and of the normal pixels, the many, it is
+    enough to count how many lie between one such value and the next.
     """
+    groups = np.zeros(len(maps), dtype=int) if groups is None else np.asarray(groups, dtype=int)
+    if len(groups) != len(maps):
+        raise ValueError(f"{len(maps)} maps but {len(groups)} groups; each map is in one")
     parts: list[tuple[np.ndarray, ...]] = []
-    counts = np.zeros((2, len(maps)), dtype=np.int64)
     for index, (heat, mask) in enumerate(_pairs(maps, masks)):
-        overlap, counts[0, index] = _overlap(mask)
-        saturated, counts[1, index] = overlap, counts[0, index]
-        if regions is not None:
-            saturated, counts[1, index] = _saturated(heat, mask, regions[index], index), len(regions[index])
-        parts.append((heat[mask], np.full(len(overlap), index, dtype=np.int32), overlap, saturated))
-    if not counts[0].any():
+        overlap = _overlap(mask)
+        saturated = overlap if regions is None else _saturated(heat, mask, regions[index], index)
+        parts.append((heat[mask], np.full(len(overlap), groups[index], dtype=np.int32), overlap, saturated))
+    if not any(len(part[0]) for part in parts):
         return None
-    values, image, overlap, saturated = map(np.concatenate, zip(*parts, strict=True))
+    values, group, overlap, saturated = map(np.concatenate, zip(*parts, strict=True))
     steps, step = np.unique(values, return_inverse=True)
 
-    below = np.zeros(len(steps) + 1, dtype=np.int64)  # [k]: normal pixels in [steps[k - 1], steps[k])
+    below = np.zeros((groups.max() + 1, len(steps) + 1), dtype=np.int64)  # [k]: normal in [steps[k - 1], steps[k])
     up_to = np.zeros_like(below)  # [k]: normal pixels in (steps[k - 1], steps[k]]
-    for heat, mask in _pairs(maps, masks):
+    for into, (heat, mask) in zip(groups, _pairs(maps, masks), strict=True):
         normal = np.sort(heat[~mask])  # neighbouring look-ups of sorted values stay in the cache
-        below += np.bincount(np.searchsorted(steps, normal, side="right"), minlength=len(below))
-        up_to += np.bincount(np.searchsorted(steps, normal, side="left"), minlength=len(below))
-    total = int(below.sum())
-    if total == 0:
+        below[into] += np.bincount(np.searchsorted(steps, normal, side="right"), minlength=len(steps) + 1)
+        up_to[into] += np.bincount(np.searchsorted(steps, normal, side="left"), minlength=len(steps) + 1)
+    total = below.sum(axis=1)
+    if not total.any():
         return None
-    normals, above = (total - np.cumsum(some)[-2::-1] for some in (below, up_to))
-    return FoundShares(steps[::-1], normals, above, total, len(steps) - 1 - step, image, overlap, saturated, counts)
+    for counts in (below, up_to):  # in place, as they are the largest
+        np.subtract(total[:, None], np.cumsum(counts, axis=1, out=counts), out=counts)
+    normals, above = below[:, -2::-1], up_to[:, -2::-1]
+    return FoundShares(steps[::-1], normals, above, total, len(steps) - 1 - step, group, overlap, saturated)
 
 
 def _check_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -211,11 +214,10 @@ def _area(x: np.ndarray, y: np.ndarray, limit: float = 1.0) -> float:
     return min(1.0, float(trapezoid(y, np.append(x[:inside], limit)) / limit))  # rounding errors
 
 
-def _overlap(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """For each defective pixel, the share of its connected region that it makes up; and how many regions there are."""
-    labelled, count = ndimage.label(mask, EIGHT_NEIGHBOURS)
-    regions = labelled[mask]
-    return 1.0 / np.bincount(regions)[regions], count
+def _overlap(mask: np.ndarray) -> np.ndarray:
+    """For each defective pixel, the share of its connected region that it makes up."""
+    regions = ndimage.label(mask, EIGHT_NEIGHBOURS)[0][mask]
+    return 1.0 / np.bincount(regions)[regions]
 
 
 def _saturated(heat: np.ndarray, mask: np.ndarray, regions: Sequence[Region], index: int) -> np.ndarray:

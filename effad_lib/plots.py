@@ -161,10 +161,11 @@ def plot_score_distribution(
 ) -> Figure:
     """Image scores of good and defective images, or of each type of defect: every image, density and quartiles.
 
-    scores float [N]; labels [N]: 0 and 1, or names of defects with "good" for good images. A logarithmic scale, for
-    positive scores only, keeps those near the threshold apart when a few are many times larger.
+    scores float [N]; labels [N]: 0 and 1, or names of defects with "good" for good images; a defect may be called "0".
+    A logarithmic scale, for positive scores only, keeps those near the threshold apart when a few are much larger.
     """
-    named = [{"0": "good", "1": "defective"}.get(str(label), str(label)) for label in labels]
+    words = {0: "good", 1: "defective"}  # a text never equals one of these numbers
+    named = [str(words.get(label, label)) for label in labels]
     kinds = sorted(set(named), key=lambda kind: (kind != "good", kind))
     table = pd.DataFrame({"score": np.asarray(scores, dtype=float), "kind": named})
     colours = {kind: GOOD if kind == "good" else DEFECTIVE for kind in kinds}

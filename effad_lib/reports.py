@@ -17,7 +17,7 @@ from effad_lib import plots
 from effad_lib.batch import departures
 from effad_lib.evaluation import MAP_NAMES, Evaluation, worst_mistakes
 from effad_lib.images import Size, load_images
-from effad_lib.published import published
+from effad_lib.published import PUBLISHED_DATA, published
 from effad_lib.runs import Run, RunError, from_project, resolve, write_text
 from effad_lib.settings import SettingsError
 from effad_lib.training import TrainingSettings
@@ -27,7 +27,7 @@ COMPARED = ("image_auroc", "image_ap", "pixel_auroc", "au_pro", "au_pro_05", "im
 
 STYLE = (
     "body{font:15px sans-serif;max-width:960px;margin:2em auto}img{max-width:100%}"
-    "td,th{padding:2px 10px;text-align:right}"
+    "td,th{padding:2px 10px;text-align:right}pre{overflow-x:auto}"
 )
 
 
@@ -68,9 +68,11 @@ def figures(found: Evaluation, image_size: Size) -> Iterable[tuple[str, str, Fig
 def write_report(folder: str | Path, found: Evaluation, image_size: Size, result: Mapping[str, Any]) -> Path:
     """Write `report.html` with all tables, and `figures/`, into a run folder; return the page's path.
 
-    result: what `finish_run` returned. The page needs nothing but the figures beside it.
+    result: what `finish_run` returned, which must have written it there too: the page compares the folder's evaluation
+    with the published ones. It needs nothing but the figures beside it. Raises `RunError` as `across`.
     """
     folder = resolve(folder)
+    beside = html.escape(beside_published([folder]))
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     data = html.escape(str(result["data"]))
     parts = [f"<h1>{data}</h1>", *(f"<p>{html.escape(note)}</p>" for note in found.notes)]
@@ -91,6 +93,7 @@ def write_report(folder: str | Path, found: Evaluation, image_size: Size, result
         figure.savefig(folder / "figures" / f"{name}.png", dpi=100)
         plt.close(figure)
         parts.append(f'<h2>{html.escape(caption)}</h2><img src="figures/{name}.png" alt="{html.escape(caption)}">')
+    parts.append(f"<h2>Beside the published figures</h2><pre>{beside}</pre>")
     page = f'<!doctype html><meta charset="utf-8"><title>{data}</title><style>{STYLE}</style>{"".join(parts)}\n'
     return write_text(folder / "report.html", page)
 
@@ -98,22 +101,28 @@ def write_report(folder: str | Path, found: Evaluation, image_size: Size, result
 def across(folders: Iterable[str | Path]) -> pd.DataFrame:
     """Return mean and deviation over seeds: a row for each data set and each set of settings that differ in more.
 
-    Rows are named by data, size and the settings in which the runs given differ. Columns: `runs` (count), and for each
-    metric a pair (mean, deviation); the deviation is the sample's, missing for a single run. Raises `RunError` for a
-    folder that holds no evaluation.
+    Rows are named by data, size and the settings in which the runs given differ, and by where the data lie if other
+    data of the same name are among them: the name of a folder is not the data. Columns: `runs` (count), and for each
+    metric that a run has, and for the image AU-ROC in any case, a pair (mean, deviation); the deviation is the
+    sample's, missing for a single run. Raises `RunError` for a folder that holds no evaluation.
     """
-    made, rows = _parameters(folders), []
+    made = _parameters(folders)
     differ = {
         name for one in made.values() for name in one if len({str(other.get(name)) for other in made.values()}) > 1
     }
     differ -= {"run_folder", "seed", "device", "data_root", "dataset", "category", "size"}
+    metrics = {folder: Run(folder).metrics for folder in made}
+    sources: dict[str, set[str]] = {}
     for folder, parameters in made.items():
-        metrics = Run(folder).metrics
+        sources.setdefault(metrics[folder]["data"], set()).add(_source(parameters))
+    rows = []
+    for folder, parameters in made.items():
+        data, size = metrics[folder]["data"], metrics[folder]["size"]
         named = [f"{name} {parameters.get(name)}" for name in sorted(differ)]
-        rows.append(
-            {"run": ", ".join([f"{metrics['data']} {metrics['size']}", *named])} | {n: metrics.get(n) for n in COMPARED}
-        )
-    table = pd.DataFrame(rows).set_index("run").astype(float).dropna(axis="columns", how="all")
+        named += [_source(parameters)] if len(sources[data]) > 1 else []
+        rows.append({"run": ", ".join([f"{data} {size}", *named])} | {n: metrics[folder].get(n) for n in COMPARED})
+    table = pd.DataFrame(rows).set_index("run").astype(float)
+    table = table.loc[:, table.notna().any() | (table.columns == "image_auroc")]
     groups = table.groupby("run", sort=False)
     result = groups.agg(["mean", "std"]).rename(columns={"std": "deviation"}, level=1)
     result.insert(0, ("runs", ""), groups.size())
@@ -128,14 +137,14 @@ def beside_published(folders: Iterable[str | Path]) -> str:
     made = _parameters(folders)
     own = across(made)
     lines = [_as_text(own)]
-    for data, size in sorted({(Run(folder).metrics["data"], Run(folder).metrics["size"]) for folder in made}):
-        theirs = published(data, size)
+    sizes: dict[str, list[str]] = {}
+    for metrics in (Run(folder).metrics for folder in made):
+        sizes.setdefault(metrics["data"], []).append(metrics["size"])
+    for data in sorted(sizes):
+        theirs = pd.concat([published(data, size) for size in sorted(set(sizes[data]))])
+        theirs = theirs[~theirs.index.duplicated()]  # XS stands beside the figures of S
         if len(theirs):
-            lines += [
-                "",
-                f"Published for {data}, size {size}:",
-                theirs.to_string(na_rep="–", float_format="{:.3f}".format),
-            ]
+            lines += ["", f"Published for {data}:", theirs.to_string(na_rep="–", float_format="{:.3f}".format)]
     lines += ["", "What differs from the paper:"]
     said: dict[str, list[str]] = {}
     for folder, parameters in made.items():
@@ -153,6 +162,14 @@ def _parameters(folders: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
             raise RunError(f"{folder} holds no evaluation. Make one: effad evaluate {folder}")
         made[folder] = yaml.safe_load((folder / "parameters.yaml").read_text(encoding="utf-8"))
     return made
+
+
+def _source(parameters: Mapping[str, Any]) -> str:
+    """The data set and its folder; "" for a published one, which is the same wherever it lies."""
+    dataset, root = parameters["dataset"], parameters["data_root"]
+    if dataset in PUBLISHED_DATA:
+        return ""
+    return f"{dataset} in {from_project(resolve(root))}" if root else dataset
 
 
 def _difference(parameters: Mapping[str, Any]) -> str:

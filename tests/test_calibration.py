@@ -7,6 +7,7 @@ from math import comb
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -14,7 +15,7 @@ from effad_lib.calibration import MARKED, calibrate, choose_thresholds, measure_
 from effad_lib.cli import main
 from effad_lib.detector import EfficientAD
 from effad_lib.images import load_images, to_float
-from effad_lib.runs import RunError
+from effad_lib.runs import Run, RunError
 from effad_lib.settings import SettingsError
 
 
@@ -104,16 +105,33 @@ def test_thresholds_are_the_scores_at_the_rank_and_can_be_chosen_again(tmp_path)
     assert detector.threshold == pytest.approx(loaded.threshold, rel=1e-4)
 
 
-def test_equal_scores_and_broken_maps():
+def test_no_image_of_equal_ones_is_above_the_threshold():
     detector, images = detector_and_images(1)
     calibrate(detector, images.repeat(30, 1, 1, 1), false_alarm_rate=0.2)
     with torch.inference_mode():
         assert not (detector(images / 255).score > detector.threshold * (1 + 1e-5)).any()
-    detector.teacher_std.fill_(torch.nan)
-    with pytest.raises(RunError, match="not finite"):
-        measure_normals(detector, images)
-    with pytest.raises(RunError, match="not finite"):
-        calibrate(detector, images)
+
+
+def test_a_map_that_is_not_finite_names_its_image(picture, tmp_path, capsys, monkeypatch):
+    detector, images = detector_and_images(5)
+    path = detector.save(tmp_path / "model.safetensors")
+    files = [picture(tmp_path / "line" / f"{index}.png", seed=index) for index in range(5)]
+    raw_maps = EfficientAD.raw_maps
+
+    def spoiling(self, batch):
+        maps = raw_maps(self, batch)
+        maps[1][(batch == 1).flatten(1).all(dim=1), 0, 1, 2] = torch.nan  # of white images
+        return maps
+
+    monkeypatch.setattr(EfficientAD, "raw_maps", spoiling)
+    measure_normals(detector, images, batch_size=2)
+    images[3] = 255
+    Image.new("RGB", (80, 80), "white").save(files[3])
+    for measure in (calibrate, measure_normals):
+        with pytest.raises(RunError, match=r"^normal image 3: its anomaly map holds NaN.*lower learning_rate"):
+            measure(detector, images, batch_size=2)
+    assert main(["threshold", str(path), "--normals", str(tmp_path / "line")]) == 2
+    assert f"effad: {files[3]}: its anomaly map holds NaN" in capsys.readouterr().err
 
 
 def test_an_impossible_wish_is_refused_before_the_maps_are_computed(monkeypatch):
@@ -158,3 +176,17 @@ def test_a_model_of_before_can_be_given_thresholds(model, picture, tmp_path, cap
     assert main(["threshold", str(new)]) == 0  # in place, by the stored scores: the highest
     assert "12 of 12\nfalse alarms     a share of 0.0769 expected\n" in capsys.readouterr().out
     assert EfficientAD.load(new).threshold == loaded.calibration["scores"][-1] > loaded.threshold
+
+
+def test_other_thresholds_than_the_evaluated_ones_ask_for_another_evaluation(model, tmp_path, capsys):
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    run.model.write_bytes(model.read_bytes())
+    remark = f"evaluate again: effad evaluate {run.folder}\n"
+    assert main(["threshold", str(run.model)]) == 0
+    assert remark not in capsys.readouterr().out, "it was not evaluated yet"
+    run.finish({"image_auroc": 0.5})
+    assert main(["threshold", str(run.model), "--out", str(run.folder / "other.safetensors")]) == 0
+    assert remark not in capsys.readouterr().out, "the run's own model stays"
+    assert main(["threshold", str(run.model)]) == 0
+    assert capsys.readouterr().out.endswith(remark)

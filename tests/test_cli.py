@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from effad_lib import __version__, cli
+from effad_lib import __version__, cli, reports
 from effad_lib.cli import COMMANDS, main
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import DistillationSettings
@@ -327,14 +328,54 @@ def test_training_without_enough_images(teacher, picture, tmp_path, capsys):
 
 
 def test_evaluate_without_test_images(model, teacher, product, tmp_path, capsys):
-    import shutil
-
     shutil.rmtree(product / "test")
     run = tmp_path / "run"
     Run(run).start(TrainingSettings(dataset="folder", data_root=str(product), size="XS", image_size=[64, 64]))
     shutil.copy(model, run / "model.safetensors")
     assert "has no test images" in failure(capsys, "evaluate", run)
     assert not Run(run).done
+
+
+@pytest.fixture
+def trained(model, product, tmp_path):
+    """A function that makes a run folder as a training on the product leaves it."""
+
+    def make(name, **settings):
+        run = Run(tmp_path / name)
+        settings = {"data_root": str(product), "size": "XS", "image_size": [64, 64]} | settings
+        run.start(TrainingSettings(dataset="folder", run_folder=str(run.folder), **settings))
+        shutil.copy(model, run.model)
+        return run
+
+    return make
+
+
+def test_all_runs_are_checked_before_the_first_is_evaluated(trained, tmp_path, capsys):
+    first = trained("a/run")
+    assert "not the folder of a finished training" in failure(capsys, "evaluate", first.folder, tmp_path / "not_a_run")
+    assert not first.done
+
+
+def test_maps_of_several_runs_lie_below_the_names_of_their_runs(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reports, "figures", lambda *_: ())  # which take seconds to draw
+    runs = [trained("a/one"), trained("a/two", seed=1), trained("b/one", seed=2)]
+    one, two, other = (run.folder for run in runs)
+    out = tmp_path / "tiffs"
+    said = failure(capsys, "evaluate", one, two, other, "--save-tiffs", out)
+    assert f"{one} and {other} would both have their maps in {out / 'one' / 'product'}" in said
+    assert not out.exists() and not any(run.done for run in runs)
+    assert main(["evaluate", str(one), str(two), "--device", "cpu", "--save-tiffs", str(out)]) == 0
+    assert main(["evaluate", str(other), "--device", "cpu", "--save-tiffs", str(out)]) == 0
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*.tiff")}
+    below = [f"product/test/{defect}/000.tiff" for defect in ("good", "hole")]
+    assert written == {folder + file for folder in ("one/", "two/", "") for file in below}
+
+
+def test_maps_with_the_same_place_are_refused_before_any_image_is_scored(trained, product, picture, tmp_path, capsys):
+    picture(product / "test" / "good" / "000.jpg", size=(64, 64))
+    run = trained("run")
+    said = failure(capsys, "evaluate", run.folder, "--save-tiffs", tmp_path / "tiffs")
+    assert "2 images would have their map in test/good/000.tiff" in said and not run.done
 
 
 def test_detect_says_by_its_exit_code_whether_all_was_read(model, picture, tmp_path, capsys):

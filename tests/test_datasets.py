@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,8 +155,10 @@ def test_test_images_without_a_defect_folder_are_refused(tmp_path):
 
 
 def test_folder_missing_or_empty(tmp_path):
-    with pytest.raises(DatasetError, match="no folder at root"):
+    with pytest.raises(DatasetError, match=r"no folder at root ''\. Give as root one of good images:") as error:
         load_dataset("folder")
+    for part in ("train/good/000.png", "test/<defect>/000.png", "ground_truth/<defect>/000_mask.png"):
+        assert part in str(error.value)
     with pytest.raises(DatasetError, match=r"no folder at root .*absent"):
         load_dataset("folder", root=tmp_path / "absent")
     with pytest.raises(DatasetError, match="no image"):
@@ -319,6 +322,43 @@ def test_elpv_modules_are_of_one_type_and_the_test_part_is_fixed():
     first, second = (load_dataset("elpv", category="mono", seed=seed) for seed in (0, 1))
     assert first.test == second.test and first.validation != second.validation
     assert all(sample.image.is_file() for sample in first.train)
+
+
+@pytest.fixture
+def fake_elpv(tmp_path, monkeypatch):
+    """A package elpv-dataset without pictures: every second module is polycrystalline, its cells good, dubious, bad."""
+    data = tmp_path / "elpv_dataset" / "data"
+    data.mkdir(parents=True)
+    modules, rows = datasets.elpv.ELPV_MODULES, []
+    for module, count in enumerate(modules):
+        for cell in range(count):
+            share = ("0.0", "0.3333333333333333", "1.0")[cell % 3]
+            rows.append(f"images/{module:02}-{cell:03}.png  {share:<20} {'poly' if module % 2 else 'mono'}")
+    (data / "labels.csv").write_text("\n".join(rows) + "\n")
+    spec = SimpleNamespace(origin=str(data.parent / "__init__.py"))
+    monkeypatch.setattr(datasets.elpv.util, "find_spec", {"elpv_dataset": spec}.get)
+    return data
+
+
+@pytest.mark.parametrize(("category", "kinds"), [("", (0,)), ("mono", (0,)), ("poly", (1,)), ("all", (0, 1))])
+def test_elpv_by_a_package_of_known_cells(fake_elpv, category, kinds):
+    split = load_dataset("elpv", category=category)
+    own = [range(kind, len(datasets.elpv.ELPV_MODULES), 2) for kind in kinds]
+    tested = {module for modules in own for module in modules[::3]}
+    cells = {module: datasets.elpv.ELPV_MODULES[module] for modules in own for module in modules}
+    found = {(int(s.image.stem[:2]), int(s.image.stem[3:]), s.label, s.defect) for s in split.test}
+    kept = ((0, 0, "good"), (2, 1, "defective"))  # of three cells the first and the last
+    assert found == {(m, c, *of) for m in tested for start, *of in kept for c in range(start, cells[m], 3)}
+    good = {(int(s.image.stem[:2]), int(s.image.stem[3:]), s.label) for s in split.train + split.validation}
+    assert good == {(m, c, 0) for m in cells.keys() - tested for c in range(0, cells[m], 3)}
+    assert split.name == f"elpv/{category or 'mono'}" and split.test[0].image.parent == fake_elpv / "images"
+
+
+def test_elpv_of_another_size_is_refused(fake_elpv):
+    labels = fake_elpv / "labels.csv"
+    labels.write_text(labels.read_text().split("\n", 1)[1])
+    with pytest.raises(DatasetError, match=r"labels\.csv lists 2623 cells instead of 2624. Install it anew: pip"):
+        load_dataset("elpv")
 
 
 def test_elpv_unknown_category_and_missing_package(monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,10 @@ from PIL import Image
 from sklearn.metrics import f1_score, roc_auc_score
 
 from effad_lib import metrics
-from effad_lib.datasets import Sample, Saturation
+from effad_lib.datasets import DatasetError, Sample, Saturation
 from effad_lib.detector import AnomalyMaps
 from effad_lib.evaluation import (
+    EvaluationError,
     EvaluationSettings,
     blind_scores,
     brightness_scores,
@@ -23,6 +25,7 @@ from effad_lib.evaluation import (
     evaluate_run,
     finish_run,
     load_maps,
+    tiff_places,
     unnormalised_scores,
     worst_mistakes,
 )
@@ -145,10 +148,21 @@ def test_only_good_or_only_defective_images(samples):
     assert bad.notes == ["No good image among 3: no image AU-ROC, AP and F1-max."]
 
 
-def test_the_mean_of_the_defects_weighted_by_their_regions_is_the_whole(samples):
-    found = evaluate(Brightness(), samples)
-    table = found.by_defect()  # a region an image: two dents, one hole
-    assert np.average(table["au_pro"], weights=table["images"]) == pytest.approx(found.metrics()["au_pro"])
+def test_masks_without_a_defective_or_a_normal_pixel_are_told(samples):
+    for level, kind in ((1, "normal"), (255, "defective")):  # 254 is the highest value of the mask, 1 its lowest
+        pixels = np.full((64, 64), 1, np.uint8)
+        pixels[:4] = 254
+        Image.fromarray(pixels).save(samples[2].mask)
+        found = evaluate(Brightness(), [replace(samples[2], mask_level=level)])
+        assert found.metrics()["au_pro"] is None
+        assert found.notes[-1] == f"No {kind} pixel: no pixel AU-ROC, AP, F1-max and AU-PRO."
+
+
+def test_each_defect_is_judged_as_if_there_were_no_others(samples):
+    table = evaluate(Brightness(), samples).by_defect()
+    for defect, index in (("dent", [0, 1, 2, 3]), ("hole", [0, 1, 4])):
+        alone = evaluate(Brightness(), [samples[k] for k in index]).metrics()
+        assert table.loc[defect, ["image_auroc", "au_pro"]].tolist() == [alone["image_auroc"], alone["au_pro"]]
 
 
 def test_decisions_count_what_lies_above_each_threshold(samples):
@@ -168,7 +182,10 @@ def test_decisions_count_what_lies_above_each_threshold(samples):
         assert table.loc[f"{kind}, F1-max", "f1"] == pytest.approx(found.metrics()[f"{kind}_f1_max"])
     undecided = evaluate(Brightness(), samples)
     assert undecided.decisions().loc[["image", "pixel"]].isna().all(axis=None) and not len(undecided.confusion())
-    assert evaluate(detector, samples[:2]).decisions()[["false_alarms", "found", "f1"]].isna().all(axis=None)
+    good, bad = evaluate(detector, samples[:2]).decisions(), evaluate(detector, samples[2:]).decisions()
+    assert good.loc["image", "false_alarms"] == 0.5 and 0 < good.loc["pixel", "false_alarms"] < 1
+    assert bad.loc["image", "found"] == pytest.approx(2 / 3) and np.isnan(bad.loc["image", "false_alarms"])
+    assert good[["found", "f1"]].isna().all(axis=None) and np.isnan(bad.loc["image", "f1"])
 
 
 def write_regions(folder, values, size=(64, 64)):
@@ -181,9 +198,31 @@ def write_regions(folder, values, size=(64, 64)):
     return folder
 
 
+def official_spro(heats, regions, limit):
+    """MVTec LOCO's rule, threshold by threshold, on the good images and those of one kind: areas are added up.
+
+    heats: maps of these images; regions: for each its list of (mask, pixels that saturate it), empty for a good one.
+    """
+    points = [(0.0, 0.0)]
+    for threshold in sorted({value for heat in heats for value in heat.ravel()}, reverse=True):
+        false, true, spros = 0, 0, []
+        for heat, defects in zip(heats, regions, strict=True):
+            found, good = heat >= threshold, np.ones(heat.shape, bool)
+            for mask, saturation in defects:
+                spros.append(min((found & mask).sum() / saturation, 1.0))
+                good &= ~mask
+            false, true = false + (found & good).sum(), true + (~found & good).sum()
+        points.append((false / (false + true), np.mean(spros)))
+    fpr, spro = np.array(points).T
+    x, y = np.append(fpr[fpr <= limit], limit), np.append(spro[fpr <= limit], np.interp(limit, fpr, spro))
+    return np.trapezoid(y, x) / limit
+
+
 def test_saturation_makes_the_metrics_of_mvtec_loco(samples, tmp_path):
-    logical = write_sample(tmp_path, "f", 150, "logical_anomalies", mask=False)
+    logical = write_sample(tmp_path, "f", 20, "logical_anomalies", mask=False)
     structural = write_sample(tmp_path, "g", 240, "structural_anomalies", mask=False)
+    noise = np.random.default_rng(0).integers(0, 200, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(logical.image)  # false positives that are none for the other kind
     logical = replace(logical, mask=write_regions(tmp_path / "f", [255, 254]), mask_level=1)
     structural = replace(structural, mask=write_regions(tmp_path / "g", [255]), mask_level=1)
     saturation = {255: Saturation("screw", 0.5, True), 254: Saturation("nut", 40, False)}
@@ -192,24 +231,23 @@ def test_saturation_makes_the_metrics_of_mvtec_loco(samples, tmp_path):
     result = found.metrics()
     kinds = ["logical", "structural", "mean"]
     assert list(result)[8:] == ["au_spro_05", *[f"{m}_{k}" for m in ("image_auroc", "au_spro_05") for k in kinds]]
-    # By hand from the sweep: the regions of each kind against the normal pixels of all images.
-    regions = [
-        [metrics.Region(read_mask(path, (64, 64), 1), count) for path, count in some]
-        for some in (
-            [],
-            [],
-            [(tmp_path / "f/000.png", 64), (tmp_path / "f/001.png", 40)],
-            [(tmp_path / "g/000.png", 64)],
-        )
-    ]
-    alone = metrics.sweep([found.heat(k) for k in range(4)], [found.mask(k) for k in range(4)], regions)
-    assert result["au_spro_05_logical"] == pytest.approx(alone.au_pro(0.05, [2], saturated=True))
-    assert result["au_spro_05"] == pytest.approx(
-        (2 * result["au_spro_05_logical"] + result["au_spro_05_structural"]) / 3
-    )
+    files = [[], [], [("f/000.png", 64), ("f/001.png", 40)], [("g/000.png", 64)]]
+    regions = [[(read_mask(tmp_path / name, (64, 64), 1), count) for name, count in some] for some in files]
+    official = {
+        kind: official_spro([found.heat(k) for k in images], [regions[k] for k in images], 0.05)
+        for kind, images in {"_logical": (0, 1, 2), "_structural": (0, 1, 3), "": range(4)}.items()
+    }
+    assert {kind: result[f"au_spro_05{kind}"] for kind in official} == pytest.approx(official)
+    assert result["au_spro_05_mean"] == pytest.approx((official["_logical"] + official["_structural"]) / 2)
+    assert found.by_defect()["au_spro_05"].tolist() == pytest.approx([official["_logical"], official["_structural"]])
     assert result["image_auroc_logical"] == roc_auc_score([0, 0, 1], found.scores[:3])
     assert result["image_auroc_mean"] == np.mean([result["image_auroc_logical"], result["image_auroc_structural"]])
-    with pytest.raises(ValueError, match=r"f: pixel value 254 has no saturation threshold, only 255"):
+    assert found.notes == []
+    alone = evaluate(Brightness(), [*samples[:2], logical], saturation=saturation)
+    assert alone.metrics()["au_spro_05_logical"] == result["au_spro_05_logical"]
+    assert alone.metrics()["au_spro_05_mean"] is alone.metrics()["image_auroc_mean"] is None
+    assert alone.notes == ["No structural_anomalies among the images: no means over the two kinds."]
+    with pytest.raises(DatasetError, match=r"f: pixel value 254 has no saturation threshold, only 255"):
         evaluate(Brightness(), [*samples[:2], logical], saturation={255: saturation[255]}).metrics()
 
 
@@ -221,8 +259,23 @@ def test_maps_are_written_where_the_evaluation_code_of_mvtec_reads_them(samples,
     written = tifffile.imread(tmp_path / "maps" / "test" / "dent" / "000.tiff")
     assert written.dtype == np.float32 and np.array_equal(written, found.heat(0)) and written.shape == (80, 72)
     assert (tmp_path / "maps" / "test" / "good" / "a.tiff").is_file()
-    with pytest.raises(ValueError, match=r"2 images would have their map in test/good/a\.tiff"):
+    with pytest.raises(EvaluationError, match=r"2 images would have their map in test/good/a\.tiff"):
         evaluate(Brightness(), [samples[0], samples[0]]).save_tiffs(tmp_path / "twice")
+
+
+@pytest.mark.parametrize(
+    ("image", "defect", "place"),
+    [
+        ("/data/screw/test/dent/a/0.png", "dent", "test/dent/a/0.tiff"),
+        ("/test/can/test_public/bad/0.png", "bad", "test_public/bad/0.tiff"),
+        ("/test/screw/test/test/0.png", "test", "test/test/0.tiff"),  # above the data set, and the defect
+        ("/test/test/good/0.png", "good", "test/good/0.tiff"),
+        ("/test/mine/broken/0.png", "dent", "test/dent/0.tiff"),
+        ("/test/01/test/ok/0.bmp", "good", "test/good/0.tiff"),  # BTAD
+    ],
+)
+def test_a_map_keeps_its_path_below_the_test_folder_whatever_else_is_called_test(image, defect, place):
+    assert tiff_places([Sample(Path(image), None, int(defect != "good"), defect)]) == [PurePosixPath(place)]
 
 
 def test_unreadable_images_are_reported_and_skipped(samples, tmp_path):
@@ -368,6 +421,16 @@ def test_a_folder_without_training_or_test_images_is_refused(finished, tmp_path)
         path.unlink()
     with pytest.raises(RunError, match="folder/data has no test images"):
         evaluate_run(finished.folder)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_run_with_an_empty_mask_is_refused_as_by_the_training(finished, tmp_path, value):
+    for name, marked in (("0", 255), ("1", value)):
+        mask = tmp_path / "data" / "ground_truth" / "dent" / f"{name}_mask.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((80, 96), marked, np.uint8)).save(mask)
+    with pytest.raises(DatasetError, match=r"1 of 2 samples are faulty(.|\n)*1_mask\.png: an empty mask"):
+        evaluate_run(finished.folder, "cpu")
 
 
 def test_settings_are_checked():

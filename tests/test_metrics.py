@@ -126,9 +126,6 @@ def test_spro_equals_the_region_loop(levels):
         x = np.append(slow[slow[:, 0] <= limit, 0], limit)
         y = np.append(slow[slow[:, 0] <= limit, 1], np.interp(limit, *slow.T))
         assert found.au_pro(limit, saturated=True) == pytest.approx(np.trapezoid(y, x) / limit, abs=1e-12)
-    only = found.au_pro(0.3, [3], saturated=True)
-    others = found.au_pro(0.3, [0, 1, 2, 4, 5], saturated=True)
-    assert found.au_pro(0.3, saturated=True) == pytest.approx((2 * only + 2 * others) / 4)  # two regions each
 
 
 def test_spro_by_hand():
@@ -142,13 +139,24 @@ def test_spro_by_hand():
     assert spro.au_pro(0.3, saturated=True) == spro.au_pro(0.3) == 1.0
 
 
-def test_au_pro_of_all_regions_is_the_mean_of_those_of_some():
-    maps, masks = random_case(6, 100)
-    found = metrics.sweep(maps, masks)
-    counts = [len(flood_fill(mask)) for mask in masks]
-    parts = [found.au_pro(0.3, [index]) for index in range(2, 6)]
-    assert found.au_pro(0.3) == pytest.approx(np.average(parts, weights=counts[2:]))
-    assert found.au_pro(0.3, [0, 1]) is None  # no defect in these
+@pytest.mark.parametrize("levels", [3, 100_000])
+def test_groups_of_images_count_as_if_there_were_no_others(levels):
+    maps, masks = random_case(6, levels)
+    regions = [[metrics.Region(mask, 2)] if mask.any() else [] for mask in masks]
+    found = metrics.sweep(maps, masks, regions, [0, 0, 1, 2, 1, 2])
+    for groups, chosen in (([0, 1], [0, 1, 2, 4]), ([0, 2], [0, 1, 3, 5]), ([1], [2, 4]), (None, range(6))):
+        alone = metrics.sweep(*[[items[k] for k in chosen] for items in (maps, masks, regions)])
+        for limit in (0.05, 0.3, 1.0):
+            assert found.au_pro(limit, groups) == pytest.approx(alone.au_pro(limit), abs=1e-12)
+            saturated = found.au_pro(limit, groups, saturated=True)
+            assert saturated == pytest.approx(alone.au_pro(limit, saturated=True), abs=1e-12)
+    whole = metrics.sweep(maps, masks)
+    assert (found.auroc, found.ap, found.f1_max) == (whole.auroc, whole.ap, whole.f1_max)
+    assert found.au_pro(0.3, [0]) is None  # no defect in these
+    every = [heat.astype(bool) | True for heat in maps[:1]]
+    assert metrics.sweep(maps[:2], [*every, masks[1]], groups=[0, 1]).au_pro(0.3, [0]) is None  # no normal pixel
+    with pytest.raises(ValueError, match="6 maps but 5 groups"):
+        metrics.sweep(maps, masks, groups=[0] * 5)
 
 
 def test_regions_that_do_not_fit_are_named():

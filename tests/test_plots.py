@@ -176,6 +176,8 @@ def test_labels_may_be_numbers_and_nothing_is_random():
     assert np.array_equal(state, np.random.get_state()[1])  # noqa: NPY002
     texts = [label.get_text() for label in plots.plot_score_distribution(scores, labels).axes[0].get_yticklabels()]
     assert texts == ["good (6)", "defective (6)"]
+    ax = plots.plot_score_distribution(scores, ["good"] * 6 + ["0"] * 3 + ["1"] * 3).axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["good (6)", "0 (3)", "1 (3)"]
 
 
 def test_roc_curve():

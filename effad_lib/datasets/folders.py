@@ -23,6 +23,15 @@ class Layout:
     mask_level: int = 128
 
 
+TREE = (
+    "train/good/000.png (or good/000.png, or just 000.png)",
+    "test/good/000.png (optional, to measure)",
+    "test/<defect>/000.png (optional, to measure)",
+    "ground_truth/<defect>/000_mask.png (optional, to measure pixels)",
+)
+"""What a folder of one's own must and may hold, a line each."""
+
+
 @register("folder")
 def load_folder(root: Path | None, category: str, seed: int, validation_share: float) -> Split:
     """Read a folder of good images: in `train/good`, else in `good`, else all outside the folders below.
@@ -32,7 +41,9 @@ def load_folder(root: Path | None, category: str, seed: int, validation_share: f
     lead out of `root` are not followed, `category` is not used.
     """
     if root is None or not root.is_dir():
-        raise DatasetError(f"data set 'folder': no folder at root {str(root or '')!r}. Name one of good images.")
+        raise DatasetError(
+            f"data set 'folder': no folder at root {str(root or '')!r}. Give as root one of good images:{listed(TREE)}"
+        )
     return read_layout(root, f"folder/{root.name}", seed, validation_share)
 
 

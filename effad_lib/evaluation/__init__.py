@@ -8,12 +8,19 @@ from typing import Any
 
 import yaml
 
-from effad_lib.datasets import Split, load_dataset
+from effad_lib.datasets import Split, load_dataset, verify_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.evaluation.baselines import blind_scores, brightness_scores, unnormalised_scores
 from effad_lib.evaluation.latency import latency
-from effad_lib.evaluation.result import MAP_NAMES, Evaluation, load_maps, worst_mistakes
-from effad_lib.evaluation.scoring import EvaluationError, evaluate
+from effad_lib.evaluation.result import (
+    MAP_NAMES,
+    Evaluation,
+    EvaluationError,
+    load_maps,
+    tiff_places,
+    worst_mistakes,
+)
+from effad_lib.evaluation.scoring import evaluate
 from effad_lib.runs import Run, RunError, resolve
 from effad_lib.settings import Settings, pick_device
 
@@ -25,11 +32,13 @@ __all__ = [
     "blind_scores",
     "brightness_scores",
     "data_of",
+    "data_to_test",
     "evaluate",
     "evaluate_run",
     "finish_run",
     "latency",
     "load_maps",
+    "tiff_places",
     "unnormalised_scores",
     "worst_mistakes",
 ]
@@ -58,17 +67,23 @@ def data_of(run: Run) -> Split:
     return load_dataset(made["dataset"], root=made["data_root"], **{name: made[name] for name in names})
 
 
+def data_to_test(run_folder: str | Path) -> Split:
+    """Find the data set of a finished training again; `RunError` if there is none, or if it has no test images."""
+    split = data_of(Run(run_folder))
+    if not split.test:
+        raise RunError(f"{split.name} has no test images. Add test/good and test/<defect>, or use `effad detect`.")
+    return split
+
+
 def evaluate_run(run_folder: str | Path, device: str = "auto") -> tuple[EfficientAD, Split, Evaluation]:
     """Evaluate the model of a finished training on the test images of its own data set.
 
-    Nothing is written, see `finish_run`. Raises `RunError` for a folder without a finished training and for a data set
-    without test images.
+    Nothing is written, see `finish_run`. Raises `RunError` as `data_to_test`, and `DatasetError` for masks that a
+    training would refuse, before the first image is scored.
     """
-    run = Run(run_folder)
-    split = data_of(run)
-    if not split.test:
-        raise RunError(f"{split.name} has no test images. Add test/good and test/<defect>, or use `effad detect`.")
-    detector = EfficientAD.load(run.model, pick_device(device))
+    split = data_to_test(run_folder)
+    verify_masks(split)
+    detector = EfficientAD.load(Run(run_folder).model, pick_device(device))
     return detector, split, evaluate(detector, split.test, saturation=split.saturation)
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -16,12 +17,19 @@ from PIL import Image
 from torch.nn import functional
 
 from effad_lib import metrics
-from effad_lib.datasets import Sample, Saturation
+from effad_lib.datasets import DatasetError, Sample, Saturation
 from effad_lib.detector import AnomalyMaps
 from effad_lib.images import Size, read_mask, read_regions
 from effad_lib.runs import from_project, write_bytes, write_text
 
 MAP_NAMES = ("combined", "student_teacher", "student_autoencoder")
+
+KINDS = ("logical_anomalies", "structural_anomalies")
+"""The two kinds of defects in MVTec LOCO, over which the paper takes its means."""
+
+
+class EvaluationError(ValueError):
+    """A detector or images that cannot be evaluated; the message names the image and the reason."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,9 @@ class Evaluation:
         """Return what the field reports: of images and of pixels AU-ROC, AP and F1-max; AU-PRO up to 0.3 and 0.05.
 
         With `saturation` (MVTec LOCO) also AU-sPRO up to 0.05, it and the image AU-ROC of each kind of defect, and
-        their means over the kinds, which the paper reports. The pixel metrics are computed at the original image sizes,
-        one map at a time. A metric that cannot be computed is None, and `notes` says why.
+        their means over the two, which the paper reports; as in MVTec's evaluation code a kind is judged on the good
+        images and its own. The pixel metrics are computed at the original image sizes, one map at a time. A metric that
+        cannot be computed is None, and `notes` says why.
         """
         found = self.sweep if self._all_known else None
         result = {
@@ -80,14 +89,14 @@ class Evaluation:
         return result | self._by_kind() if self.saturation else result
 
     def _by_kind(self) -> dict[str, float | None]:
-        """The metrics of MVTec LOCO: all defects together, each kind against the good images, the mean of the kinds."""
+        """The metrics of MVTec LOCO: all defects together, each kind against the good images, the mean of the two."""
         table = self.by_defect()
         result = {"au_spro_05": self.sweep.au_pro(0.05, saturated=True) if self._all_known and self.sweep else None}
         for metric in ("image_auroc", "au_spro_05"):
-            values = table[metric].rename(lambda kind: kind.removesuffix("_anomalies"))
-            each = {f"{metric}_{kind}": None if np.isnan(value) else float(value) for kind, value in values.items()}
-            mean = None if None in each.values() or not each else float(np.mean(list(each.values())))
-            result |= {**each, f"{metric}_mean": mean}
+            each = {kind: None if np.isnan(value) else float(value) for kind, value in table[metric].items()}
+            both = [each.get(kind) for kind in KINDS]
+            result |= {f"{metric}_{kind.removesuffix('_anomalies')}": value for kind, value in each.items()}
+            result[f"{metric}_mean"] = None if None in both else float(np.mean(both))
         return result
 
     @property
@@ -97,29 +106,32 @@ class Evaluation:
         for label, kind in enumerate(("good", "defective")):
             if label not in self.labels:
                 notes.append(f"No {kind} image among {len(self.labels)}: no image AU-ROC, AP and F1-max.")
-        if 1 not in self.labels:
-            notes.append("No defective pixel: no pixel AU-ROC, AP, F1-max and AU-PRO.")
+        if self._all_known and self.sweep is None:
+            marked = any(self.mask(index).any() for index in range(len(self.samples)))
+            notes.append(f"No {'normal' if marked else 'defective'} pixel: no pixel AU-ROC, AP, F1-max and AU-PRO.")
         unknown = sum(sample.label == 1 and sample.mask is None for sample in self.samples)
         if unknown:
             notes.append(f"{unknown} defective images have no mask: no pixel AU-ROC, AP, F1-max and AU-PRO.")
+        if self.saturation and (missing := [kind for kind in KINDS if kind not in self._defects]):
+            notes.append(f"No {' and no '.join(missing)} among the images: no means over the two kinds.")
         return notes
 
     def by_defect(self) -> pd.DataFrame:
-        """Return a row for each type of defect, each judged against all good images and all normal pixels.
+        """Return a row for each type of defect, each judged against all good images as if there were no other defects.
 
         Columns: images (count), image_auroc, au_pro, au_spro_05 if there is `saturation`, mean_score, misses (images
-        not above the detector's threshold); a value that cannot be computed is missing. The mean of `au_pro`, each
-        weighted by its number of regions, is that of all defects.
+        not above the detector's threshold); a value that cannot be computed is missing. The normal pixels are those of
+        the good images and of the defect's own: what the maps of other defects show is no false alarm here.
         """
         rows = {}
-        for defect in sorted({sample.defect for sample in self.samples if sample.label}):
-            bad = np.array([bool(s.label) and s.defect == defect for s in self.samples])
+        for group, defect in enumerate(self._defects, start=1):
+            bad = self._groups == group
             chosen, scores = bad | (self.labels == 0), self.scores[bad]
             rows[defect] = {
                 "images": bad.sum(),
                 "image_auroc": metrics.image_auroc(self.scores[chosen], self.labels[chosen]),
-                "au_pro": self._au_pro(bad, 0.3),
-                "au_spro_05": self._au_pro(bad, 0.05, saturated=True) if self.saturation else None,
+                "au_pro": self._au_pro(group, 0.3),
+                "au_spro_05": self._au_pro(group, 0.05, saturated=True) if self.saturation else None,
                 "mean_score": scores.mean(),
                 "misses": None if self.threshold is None else int((scores <= self.threshold).sum()),
             }
@@ -136,11 +148,22 @@ class Evaluation:
         table = pd.DataFrame.from_dict(rows, orient="index", columns=list(columns)).astype(columns)
         return table.rename_axis("defect")
 
-    def _au_pro(self, chosen: np.ndarray, limit: float, saturated: bool = False) -> float | None:
-        """AU-PRO of some images, bool [N]; None if one of them has no mask."""
-        if self.sweep is None or (chosen & ~self._known).any():
+    def _au_pro(self, group: int, limit: float, saturated: bool = False) -> float | None:
+        """AU-PRO of the good images and those of one type of defect; None if one of them has no mask."""
+        if self.sweep is None or not self._known[self._groups == group].all():
             return None
-        return self.sweep.au_pro(limit, np.flatnonzero(chosen[self._known]), saturated=saturated)
+        return self.sweep.au_pro(limit, [0, group], saturated=saturated)
+
+    @property
+    def _defects(self) -> list[str]:
+        """The types of defects in the order of their names; in `_groups` they count from 1."""
+        return sorted({sample.defect for sample in self.samples if sample.label})
+
+    @property
+    def _groups(self) -> np.ndarray:
+        """For each image 0 if it is good, else the number of its type of defect, int [N]."""
+        numbers = {defect: number for number, defect in enumerate(self._defects, start=1)}
+        return np.array([numbers[sample.defect] if sample.label else 0 for sample in self.samples])
 
     def decisions(self) -> pd.DataFrame:
         """Return what each threshold does to the test set: a row for each, the deployed ones first.
@@ -208,7 +231,7 @@ class Evaluation:
         """The pixel metrics of the images whose truth is known; None if there is no defective or no normal pixel."""
         known = np.flatnonzero(self._known)
         regions = _OnRequest(self._regions, known) if self.saturation else None
-        return metrics.sweep(_OnRequest(self.heat, known), _OnRequest(self.mask, known), regions)
+        return metrics.sweep(_OnRequest(self.heat, known), _OnRequest(self.mask, known), regions, self._groups[known])
 
     @property
     def _known(self) -> np.ndarray:
@@ -229,7 +252,9 @@ class Evaluation:
             mask, value = values >= sample.mask_level, int(values.max())
             if value not in self.saturation:
                 known = ", ".join(map(str, sorted(self.saturation)))
-                raise ValueError(f"{sample.mask}: pixel value {value} has no saturation threshold, only {known} have.")
+                raise DatasetError(
+                    f"{sample.mask}: pixel value {value} has no saturation threshold, only {known} have."
+                )
             regions.append(metrics.Region(mask, self.saturation[value].pixels(int(mask.sum()))))
         return regions
 
@@ -274,17 +299,26 @@ class Evaluation:
     def save_tiffs(self, folder: str | Path) -> None:
         """Write each combined map as float32 TIFF at its image's size, where the evaluation code of MVTec expects it.
 
-        That is `<folder>/test/<defect>/<image>.tiff`, the folders below `test` (or `test_public`) as in the data set.
-        Raises ValueError if two images would have the same file.
+        That is `<folder>/test/<defect>/<image>.tiff`, see `tiff_places`. Of MVTec AD 2 only the part `test_public` is
+        evaluated and written; MVTec's server wants the maps of `test_private` and `test_private_mixed` too.
         """
-        places = [_place(sample) for sample in self.samples]
-        for place, count in Counter(places).items():
-            if count > 1:
-                raise ValueError(f"{count} images would have their map in {place}: rename one of them.")
-        for index, place in enumerate(places):
+        for index, place in enumerate(tiff_places(self.samples)):
             packed = io.BytesIO()
             Image.fromarray(self.heat(index)).save(packed, format="TIFF")
             write_bytes(Path(folder) / place, packed.getvalue())
+
+
+def tiff_places(samples: Sequence[Sample]) -> list[PurePosixPath]:
+    """Return where `Evaluation.save_tiffs` writes the map of each image, below the folder of its category.
+
+    The path from the folder `test` (or `test_public`) that holds the image's folder <defect> on; for an image that lies
+    in no such folders `test/<defect>/<image>.tiff`. Raises `EvaluationError` if two images would have the same file.
+    """
+    places = [_place(sample) for sample in samples]
+    for place, count in Counter(places).items():
+        if count > 1:
+            raise EvaluationError(f"{count} images would have their map in {place}: rename one of them.")
+    return places
 
 
 def worst_mistakes(
@@ -326,16 +360,16 @@ def _map_file(folder: Path, index: int) -> Path:
 
 
 def _shares(normal: int, false_alarms: int, missed: int, found: int) -> list[float | None]:
-    """False alarms among the normal, found among the defective, and F1; None where nothing is known."""
-    if not normal + false_alarms or not missed + found:
-        return [None, None, None]
-    f1 = 2 * found / (2 * found + false_alarms + missed)
-    return [false_alarms / (normal + false_alarms), found / (missed + found), f1]
+    """False alarms among the normal, found among the defective, F1 where there are both; None for a share of none."""
+    good, bad = normal + false_alarms, missed + found
+    f1 = 2 * found / (2 * found + false_alarms + missed) if good and bad else None
+    return [false_alarms / good if good else None, found / bad if bad else None, f1]
 
 
 def _place(sample: Sample) -> PurePosixPath:
     """The path of an image's map below the folder of its category."""
-    parts = sample.image.parts
-    starts = [index for index, part in enumerate(parts[:-1]) if part in ("test", "test_public")]
+    # A folder above the data set, or the defect itself, may be called test too.
+    parts, tests = sample.image.parts, [(name, sample.defect) for name in ("test", "test_public")]
+    starts = [index for index, two in enumerate(pairwise(parts[:-1])) if two in tests]
     below = parts[starts[-1] :] if starts else ("test", sample.defect, sample.image.name)
     return PurePosixPath(*below).with_suffix(".tiff")

@@ -11,13 +11,9 @@ import torch
 
 from effad_lib.datasets import Sample, Saturation
 from effad_lib.detector import AnomalyMaps, EfficientAD
-from effad_lib.evaluation.result import MAP_NAMES, Evaluation
+from effad_lib.evaluation.result import MAP_NAMES, Evaluation, EvaluationError
 from effad_lib.images import ImageError, Size, read_image, read_mask, to_float
 from effad_lib.progress import progress
-
-
-class EvaluationError(ValueError):
-    """A detector or images that cannot be evaluated; the message names the image and the reason."""
 
 
 def evaluate(
