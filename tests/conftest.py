@@ -1,16 +1,21 @@
 """What several rooms' tests share: a small detector, calibrated but untrained, and pictures to show it."""
 
 import contextlib
+import copy
 import resource
 import signal
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from effad_lib.calibration import calibrate
 from effad_lib.detector import EfficientAD
+from effad_lib.evaluation import data_of, evaluate
+from effad_lib.images import load_images
+from effad_lib.runs import Run, write_text
 
 # Started in the background by a shell, the tests and all that they start would be deaf to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -45,6 +50,42 @@ def small_detector() -> EfficientAD:
 def model(small_detector, tmp_path_factory):
     """The small detector as a file."""
     return small_detector.save(tmp_path_factory.mktemp("model") / "model.safetensors", {"data": "random images"})
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(small_detector, tmp_path_factory):
+    """An evaluated run, not to be changed, beside its `data` of 80×96 pixels: three good images, two dents, a hole."""
+    root, rng = tmp_path_factory.mktemp("evaluated"), np.random.default_rng(0)
+
+    def write(name, spread, defect=None):
+        pixels, path = rng.integers(128 - spread, 128 + spread, (80, 96, 3), dtype=np.uint8), root / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if defect:
+            pixels[defect], truth = 255, np.zeros((80, 96), np.uint8)
+            truth[defect] = 255
+            mask = root / "data" / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(truth).save(mask)
+        Image.fromarray(pixels).save(path)
+
+    for k in range(13):
+        write(f"train/good/{k}.png", 60)
+    for k, spread in enumerate((30, 60, 127)):
+        write(f"test/good/{k}.png", spread)
+    write("test/dent/0.png", 60, np.s_[20:30, 40:60])
+    write("test/dent/1.png", 30, np.s_[0:8, 0:8])
+    write("test/hole/0.png", 60, np.s_[60:80, 66:96])
+    run, detector = Run(root / "run"), copy.deepcopy(small_detector)
+    made = {"dataset": "folder", "data_root": str(root / "data"), "category": "", "seed": 0, "validation_share": 0.25}
+    write_text(run.folder / "parameters.yaml", yaml.safe_dump(made))
+    detector.save(run.model, {"data": "random images"})
+    split = data_of(run)
+    calibrate(detector, load_images([sample.image for sample in split.validation], detector.image_size))
+    detector.save(run.model)
+    found = evaluate(detector, split.test)
+    found.save(run.folder)
+    run.finish(found.metrics())
+    return run.folder
 
 
 @pytest.fixture

@@ -65,7 +65,6 @@ def histogram(findings: Findings, threshold: float | None, *, width: int = 560, 
         return _svg(width, height, [_text(width / 2, height / 2, "no scores yet")])
     low, high, log = score_range(findings)
     bins = np.geomspace(low, high, BINS + 1) if log else np.linspace(low, high, BINS + 1)
-    bins[0], bins[-1] = low, high  # geomspace rounds
     tables = {label: np.histogram(scores[known & (findings.labels == label)], bins)[0] for label in LABELS}
     left, right, top, bottom = 30, width - 10, 22, height - 24
     places = np.log(bins) if log else bins

@@ -258,10 +258,10 @@ def _samples(paths: Sequence[Path], folder: Path, masks: str | Path | None) -> l
     """The images with what their folders and masks tell of them."""
     named = {path.relative_to(folder): path for path in paths}
     truths = pair_masks(masks, list(named))
-    sorted_by_truth = any(name.parent.name == "good" for name in named)
+    sorted_by_truth = any("good" in name.parent.parts for name in named)
     samples = []
     for name, path in named.items():
-        defect = name.parent.name if sorted_by_truth else ""
+        defect = ("good" if "good" in name.parent.parts else name.parent.name) if sorted_by_truth else ""
         mask = truths.get(name)
         label = UNKNOWN if not defect and mask is None else int(defect != "good")
         samples.append(Sample(path, mask, label, defect or ("defective" if label == 1 else "")))

@@ -55,7 +55,10 @@ class Notes:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows))
-        write_text(self.path, text.getvalue())
+        try:
+            write_text(self.path, text.getvalue())
+        except UnicodeEncodeError as error:
+            raise RunError(f"the note of {name!a} holds what is no text ({error.reason}). Type it anew.") from error
         self._rows = rows
 
     def _read(self) -> dict[str, dict[str, str]]:

@@ -78,7 +78,7 @@ def write_gallery(findings: Findings, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     state = State(threshold=findings.threshold, pixel_threshold=findings.pixel_threshold)
-    cards, outcome = [], outcomes(findings, findings.threshold)
+    cards, written, outcome = [], set(), outcomes(findings, findings.threshold)
     order = [index for index in listed(findings, state).tolist() if np.isfinite(findings.scores[index])]
     for number, index in enumerate(progress(order, desc="gallery", unit="image")):
         file = f"{number:05d}.jpg"
@@ -88,6 +88,7 @@ def write_gallery(findings: Findings, folder: str | Path) -> Path:
             cards.append(f'<figure><figcaption class="lost">{html.escape(str(error))}</figcaption></figure>')
             continue
         drawn = [np.asarray(panel(name, layers, state, findings.scale)) for name in ("image", "overlay")]
+        written.add(folder / file)
         write_bytes(folder / file, encoded(Image.fromarray(np.concatenate(drawn, axis=1))))
         defect = findings.defects[index] or "not known"
         name = html.escape(findings.names[index])
@@ -112,9 +113,7 @@ def write_gallery(findings: Findings, folder: str | Path) -> Path:
     body = f"<h1>{title}</h1><p>{summary(findings, findings.threshold)}</p>"
     body += f"<div>{histogram(findings, findings.threshold)}</div><div>{bar}</div><p>{filters}</p>"
     page = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>{body}'
-    for stale in set(folder.glob("[0-9]" * 5 + ".jpg")) - {
-        folder / f"{number:05d}.jpg" for number in range(len(order))
-    }:
+    for stale in set(folder.glob("[0-9]" * 5 + ".jpg")) - written:
         stale.unlink()
     return write_text(folder / "index.html", f"{page}<main>{''.join(cards)}</main><script>{SCRIPT}</script>\n")
 

@@ -93,8 +93,8 @@ def disagreement(findings: Findings) -> np.ndarray:
     known = np.isfinite(findings.branches).all(axis=1)
     if known.sum() > 1:
         branches = findings.branches[known]
-        ranks = [np.searchsorted(np.sort(branch), branch) / (len(branch) - 1) for branch in branches.T]
-        result[known] = np.abs(ranks[0] - ranks[1])
+        ranks = [np.searchsorted(np.sort(branch), branch) for branch in branches.T]
+        result[known] = np.abs(ranks[0] - ranks[1]) / (len(branches) - 1)
     return result
 
 

@@ -229,8 +229,8 @@ class Viewer:
             index = self.findings.add(path, name)
         except ImageError as error:
             raise ImageError(str(error).replace(str(path), name)) from error
-        self._drawn.clear()
-        self.state = replace(self._state, index=index, point=None, zoom=1, defect=ALL, outcome=ALL)
+        self._state = replace(self._state, index=index, point=None, zoom=1, defect=ALL, outcome=ALL)
+        self._scored()
         return f"{name}: score {self.findings.scores[index]:.4g}"
 
     def save(self, path: str | Path | None = None) -> Path:

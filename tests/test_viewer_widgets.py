@@ -1,0 +1,294 @@
+"""The widgets: what people do changes the state and draws what depends on it. Observers fire without a browser."""
+
+import asyncio
+import datetime
+import io
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effad_lib import metrics
+from effad_lib.viewer import State, of_images, of_run, open_viewer, view_images, view_run
+from effad_lib.viewer.findings import scan
+from effad_lib.viewer.state import ALL, PANELS, listed, region
+
+OUTCOMES = ["right", "miss", "right", "right", "false alarm", "right"]
+"""Of dent/0, dent/1, good/0, good/1, good/2 and hole/0 at the stored threshold."""
+
+
+@pytest.fixture
+def run(evaluated_run, tmp_path):
+    """The evaluated run with notes of its own."""
+    return shutil.copytree(evaluated_run, tmp_path / "run")
+
+
+@pytest.fixture
+def viewer(run):
+    return open_viewer(of_run(run))
+
+
+@pytest.fixture
+def folder(picture, tmp_path):
+    """A folder of ten pictures, the fourth broken."""
+    for k in range(10):
+        picture(tmp_path / "images" / f"{k:02d}.png", size=(64, 64 + k), seed=k)
+    (tmp_path / "images" / "03.png").write_bytes(b"no image")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def own_model(model, tmp_path):
+    """The small detector where its notes disturb nobody."""
+    return shutil.copy(model, tmp_path / "model.safetensors")
+
+
+def drawn(viewer):
+    """The bytes of each panel."""
+    return {name: image.value for name, image in viewer._shell.images.items()}
+
+
+def redrawn(viewer, act):
+    """The panels whose bytes something changes."""
+    before = drawn(viewer)
+    act()
+    return {name for name, value in drawn(viewer).items() if value != before[name]}
+
+
+def size(viewer, name="image"):
+    return Image.open(io.BytesIO(viewer._shell.images[name].value)).size
+
+
+def text(viewer, name):
+    return viewer._shell.texts[name].value
+
+
+def upload(viewer, name, content):
+    """What the front end sends for one file."""
+    when = datetime.datetime.now()
+    file = {"name": name, "type": "", "size": len(content), "content": memoryview(content), "last_modified": when}
+    viewer.controls["upload"].value = (file,)
+
+
+def test_a_viewer_opens_on_the_highest_score_with_everything_drawn(viewer, run):
+    assert viewer.state == State(threshold=viewer.findings.threshold, pixel_threshold=viewer.findings.pixel_threshold)
+    assert viewer.state.index == viewer.findings.scores.argmax() == 0
+    assert [label.split()[-1] for label, _ in viewer.controls["list"].options] == [
+        f"{viewer.findings.defects[k]}/{k if k < 2 else (k - 2 if k < 5 else 0)}.png" for k in (0, 4, 5, 3, 1, 2)
+    ]
+    assert {size(viewer, name) for name in PANELS} == {(384, 320)} and len(set(drawn(viewer).values())) == 4
+    assert "0.png · dent · score 0.15" in text(viewer, "head") and "stored threshold" in text(viewer, "counts")
+    assert "threshold" in text(viewer, "bar") and "good (3)" in text(viewer, "histogram")
+    assert viewer.widget._repr_mimebundle_() == viewer._repr_mimebundle_()
+    assert view_run(run, "cpu").state == viewer.state
+
+
+@pytest.mark.parametrize(
+    ("control", "value", "panels"),
+    [
+        ("opacity", 0.3, {"overlay"}),
+        ("follow", False, {"overlay"}),
+        ("colours", "viridis", {"overlay", "heatmap"}),
+        ("scaling", "image", {"overlay", "heatmap"}),
+        ("map", "student_autoencoder", {"overlay", "heatmap"}),
+        ("pixel_threshold", 0.1, {"image", "overlay", "heatmap"}),
+        ("zoom", 3, set(PANELS)),
+        ("row", 3, set(PANELS)),
+        ("column", 3, set(PANELS)),
+        ("list", 5, set(PANELS)),
+        ("threshold", 0.1, set()),
+        ("order", "file", set()),
+        ("panel_width", 400, set()),
+    ],
+)
+def test_a_control_changes_the_state_and_draws_only_what_depends_on_it(viewer, control, value, panels):
+    viewer.state = State(threshold=0.05, pixel_threshold=0.02)
+    before = viewer.state
+    assert redrawn(viewer, lambda: setattr(viewer.controls[control], "value", value)) == panels
+    fields = {"row": "point", "column": "point", "list": "index"}
+    changed = {name for name in before.__dict__ if getattr(before, name) != getattr(viewer.state, name)}
+    assert changed == (set() if control == "panel_width" else {fields.get(control, control)})
+    if control in before.__dict__:
+        assert getattr(viewer.state, control) == value
+    viewer.state = State(threshold=0.05, pixel_threshold=0.02)
+    assert redrawn(viewer, lambda: viewer.change()) == set()
+
+
+def test_outlines_and_panels_are_switched_one_by_one(viewer):
+    c = viewer.controls
+    assert redrawn(viewer, lambda: setattr(c["outline_truth"], "value", False)) == set(PANELS)
+    assert redrawn(viewer, lambda: setattr(c["outline_marked"], "value", False)) == {"image", "overlay", "heatmap"}
+    assert viewer.state.outlines == ()
+    c["panel_heatmap"].value = False
+    assert viewer.state.panels == ("image", "overlay", "truth") and viewer._shell.cells[2].layout.display == "none"
+    assert "heatmap" not in redrawn(viewer, lambda: setattr(c["colours"], "value", "jet"))  # not while it is hidden
+    assert redrawn(viewer, lambda: setattr(c["panel_heatmap"], "value", True)) == {"heatmap"}
+    c["panel_width"].value = 420
+    assert {cell.layout.width for cell in viewer._shell.cells} == {"420px"}
+
+
+def test_the_threshold_counts_mistakes_as_it_moves(viewer):
+    assert "false alarms 1</b> of 3" in text(viewer, "counts") and "misses 1</b> of 3" in text(viewer, "counts")
+    histogram = text(viewer, "histogram")
+    viewer.controls["threshold"].value = 0.12
+    assert viewer.state.threshold == 0.12 and "chosen by hand" in text(viewer, "counts")
+    assert "false alarms 0</b> of 3" in text(viewer, "counts") and "misses 2</b> of 3" in text(viewer, "counts")
+    assert "threshold 0.12" in text(viewer, "histogram") != histogram
+    viewer.show(5)
+    assert "miss" in text(viewer, "head")
+
+
+def test_a_state_set_by_code_moves_every_control(viewer):
+    state = State(
+        index=5, panels=("image",), map="student_teacher", colours="jet", scaling="image", opacity=0.5, follow=False,
+        outlines=("marked",), threshold=0.1, pixel_threshold=0.05, point=(70, 80), zoom=2, order="file", defect="hole",
+        outcome="miss",
+    )  # fmt: skip
+    viewer.state = state
+    c = viewer.controls
+    for name in ("map", "colours", "scaling", "opacity", "follow", "threshold", "pixel_threshold", "zoom", "order"):
+        assert c[name].value == getattr(state, name), name
+    assert (c["defect"].value, c["outcome"].value, c["row"].value, c["column"].value) == ("hole", "miss", 70, 80)
+    assert [c[f"panel_{name}"].value for name in PANELS] == [True, False, False, False]
+    assert (c["outline_truth"].value, c["outline_marked"].value) == (False, True)
+    assert c["list"].value == 5 and viewer.state == state  # and no control moved the state in turn
+    assert "STRETCHED" in text(viewer, "bar") and "x 80, y 70 of 96×80" in text(viewer, "point")
+
+
+def test_next_and_previous_follow_the_list_to_its_ends(viewer):
+    order = listed(viewer.findings, viewer.state).tolist()
+    seen = []
+    for _ in range(7):
+        seen.append(viewer.state.index)
+        viewer.controls["next"].click()
+    assert seen == [*order, order[-1]]
+    viewer.change(zoom=4, point=(1, 1))
+    viewer.controls["previous"].click()
+    assert viewer.state.index == order[-2] and viewer.state.zoom == 1 and viewer.state.point is None
+    for _ in range(7):
+        viewer.controls["previous"].click()
+    assert viewer.state.index == order[0]
+
+
+def test_a_filter_jumps_to_the_first_that_passes_unless_the_shown_one_does(viewer):
+    viewer.controls["outcome"].value = "false alarm"
+    assert viewer.state.index == OUTCOMES.index("false alarm") and len(viewer.controls["list"].options) == 1
+    viewer.controls["outcome"].value = "right"
+    assert viewer.state.index == 0
+    viewer.controls["next"].click()
+    assert viewer.state.index == 5
+    viewer.controls["defect"].value = "hole"
+    assert viewer.state.index == 5 and [k for _, k in viewer.controls["list"].options] == [5]
+    viewer.controls["outcome"].value = "miss"
+    assert viewer.controls["list"].options == () and viewer.controls["list"].value is None
+    viewer.controls["next"].click()  # from nowhere to nowhere
+    viewer.controls["defect"].value = viewer.controls["outcome"].value = ALL
+    assert len(viewer.controls["list"].options) == 6
+
+
+def test_the_marks_are_jumped_to_exactly(viewer):
+    found, c = viewer.findings, viewer.controls
+    c["best"].click()
+    best, value = metrics.image_f1_max(found.scores, found.labels)
+    assert viewer.state.threshold == np.nextafter(value, -np.inf) != found.threshold and best == pytest.approx(0.75)
+    assert "false alarms 2</b> of 3" in text(viewer, "counts") and "misses 0</b> of 3" in text(viewer, "counts")
+    c["stored"].click()
+    assert viewer.state.threshold == found.threshold and "stored threshold" in text(viewer, "counts")
+    c["pixel_threshold"].value = 0.1
+    c["stored_pixels"].click()
+    assert viewer.state.pixel_threshold == found.pixel_threshold
+
+
+def test_the_zoom_goes_to_the_defect_to_the_hottest_point_and_back(viewer):
+    viewer.controls["to_defect"].click()
+    assert viewer.state.point == (24, 49) and viewer.state.zoom == 3  # rows 20–29, columns 40–59 of 80×96
+    top, left, height, width = region((80, 96), viewer.state.point, viewer.state.zoom)
+    assert top <= 20 and left <= 40 and top + height >= 30 and left + width >= 60
+    viewer.controls["whole"].click()
+    assert viewer.state.point is None and viewer.state.zoom == 1 and size(viewer) == (384, 320)
+    viewer.controls["hottest"].click()
+    row, column = viewer.state.point
+    assert viewer.state.zoom == 3 and f"at x {column}, y {row}" in text(viewer, "head")
+    viewer.show(2)
+    viewer.controls["to_defect"].click()
+    assert viewer.state.zoom == 1 and "no true defect is known" in text(viewer, "message")
+
+
+def test_thumbnails_show_the_page_of_the_list_and_select(own_model, folder):
+    viewer = view_images(own_model, folder, device="cpu")
+    found, shell, order = viewer.findings, viewer._shell, listed(viewer.findings, viewer.state).tolist()
+    assert found.waiting == [] and viewer.state.index == np.nanargmax(found.scores)  # without a loop scored at once
+    assert {Image.open(io.BytesIO(thumb.value)).format for thumb in shell.thumbs} == {"JPEG"}
+    shell.picks[3].click()
+    assert viewer.state.index == order[3] and [pick.description[-1] == "◀" for pick in shell.picks].index(True) == 3
+    assert f"/{order[3]:02d}.png" in shell.picks[3].tooltip and "called" in shell.picks[3].tooltip
+    viewer.show(order[9])
+    assert [pick.layout.visibility for pick in shell.picks] == ["visible"] * 2 + ["hidden"] * 6
+    assert order[9] == 3 and shell.thumbs[1].value == b""  # the last of all is the broken one, which has no score
+    shell.picks[0].click()
+    assert viewer.state.index == order[8]
+
+
+@pytest.fixture
+def broken(viewer, tmp_path):
+    """The viewer with an image that vanished before it was shown."""
+    viewer.findings.samples[1] = replace(viewer.findings.samples[1], image=tmp_path / "gone.png")
+    viewer._picture.cache_clear()
+    viewer.show(1)
+    return viewer
+
+
+def test_an_image_that_cannot_be_read_says_so_and_the_next_one_is_shown(broken):
+    assert "gone.png: cannot be read as an image" in text(broken, "head") and set(drawn(broken).values()) == {b""}
+    broken.show(2)
+    assert "0.png · good" in text(broken, "head") and all(size(broken, name) == (384, 320) for name in PANELS)
+    broken.show(1)
+    assert "gone.png" in text(broken, "head")
+
+
+@pytest.mark.parametrize("control", ["hottest", "to_defect"])
+def test_no_zoom_goes_into_an_image_that_cannot_be_read(broken, control):
+    broken.controls[control].click()
+    assert "gone.png" in text(broken, "message")
+
+
+def test_scoring_goes_on_between_the_messages_of_the_front_end(own_model, folder, small_detector):
+    async def looked_at():
+        viewer = open_viewer(of_images(own_model, folder))
+        assert len(viewer.findings.waiting) == 10 and viewer.controls["progress"].layout.display != "none"
+        await asyncio.sleep(0)  # one turn of the loop, one image
+        assert len(viewer.findings.waiting) == 9 and "not known (1)" in text(viewer, "histogram")
+        viewer.controls["list"].value = 7  # people go on
+        await asyncio.wait_for(viewer._task, 60)
+        return viewer
+
+    viewer = asyncio.run(looked_at())
+    found = viewer.findings
+    assert list(found.errors) == [3] and np.flatnonzero(np.isnan(found.scores)).tolist() == [3]
+    assert found.scores[9] == scan(small_detector, folder / "09.png")["combined"].max()
+    assert viewer.controls["progress"].value == 10 and viewer.controls["progress"].layout.display == "none"
+    assert viewer.state.index == 7 and "07.png" in text(viewer, "head")
+    assert [k for _, k in viewer.controls["list"].options] == listed(found, viewer.state).tolist()
+    viewer.controls["threshold"].value = middle = float(np.nanmedian(found.scores))
+    assert viewer.state.threshold == middle and "<td>5</td><td>4</td>" in text(viewer, "counts")
+    assert viewer.score_all().state.index == np.nanargmax(found.scores)  # nothing is left to do
+
+
+def test_one_picture_is_uploaded_scored_and_shown(viewer, picture, tmp_path):
+    content = picture(tmp_path / "x.png", size=(70, 90), seed=9).read_bytes()
+    viewer.controls["defect"].value = "good"
+    upload(viewer, "..\\..\\C:/etc/my <i>.PNG", content)
+    assert viewer.state.index == 6 and viewer.findings.names[6] == "my <i>.PNG" and viewer.state.defect == ALL
+    assert viewer.controls["list"].value == 6 and size(viewer) == (90 * 5, 70 * 5)
+    assert "ground truth: not known" in text(viewer, "head") and "my &lt;i&gt;.PNG: score" in text(viewer, "message")
+
+
+@pytest.mark.parametrize("name", ["broken.png", "../../up.png", "a" * 300 + ".png", "x." + "p" * 300, "odd.svg", ""])
+def test_a_broken_upload_is_named_and_changes_nothing(viewer, name, tmp_path):
+    before = viewer.state
+    assert redrawn(viewer, lambda: upload(viewer, name, b"no image")) == set()
+    assert viewer.state == before and len(viewer.findings) == 6
+    why = "cannot be read" if name.endswith(".png") else "no known ending"
+    assert f">{name.split('/')[-1]}: {why}" in text(viewer, "message")
