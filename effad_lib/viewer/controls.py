@@ -36,14 +36,17 @@ class Controls:
             ),
             "note": w.Textarea(placeholder="a note, kept in notes.csv", layout=_wide()),
             "save": w.Button(description="save this view as PNG", layout=_small()),
-            "upload": w.FileUpload(accept=",".join(sorted(SUFFIXES)), description="look at a picture"),
+            "upload": w.FileUpload(accept=",".join(sorted(SUFFIXES)), description="look at a picture", layout=_small()),
         }
         names = ("head", "bar", "histogram", "counts", "point", "message", "noted")
         self.texts = {name: w.HTML() for name in names}
-        self.images = {name: w.Image(format="jpeg") for name in PANELS}
+        self.images = {name: w.Image(format="jpeg", layout=w.Layout(width="100%")) for name in PANELS}
         self.thumbs = [w.Image(format="jpeg", layout=w.Layout(width="88px", height="88px")) for _ in range(STRIP)]
         self.picks = [w.Button(layout=w.Layout(width="88px")) for _ in range(STRIP)]
-        self.cells = [w.VBox([w.HTML(f"<b>{CAPTIONS[name]}</b>"), image]) for name, image in self.images.items()]
+        self.cells = [
+            w.VBox([w.HTML(f"<b>{CAPTIONS[name]}</b>"), image], layout=w.Layout(width=f"{panel_width}px"))
+            for name, image in self.images.items()
+        ]
         self._threshold = w.VBox()
         self.range_over(findings)
         self.widget = self._arranged(can_score=findings.detector is not None)
@@ -68,19 +71,17 @@ class Controls:
         c["upload"].layout.display = "" if can_score else "none"
         tabs = {
             "decide": [
-                texts["histogram"],
+                _row(texts["histogram"], texts["counts"]),
                 self._threshold,
                 _row(c["stored"], c["best"]),
-                texts["counts"],
                 c["pixel_threshold"],
-                c["stored_pixels"],
+                _row(c["stored_pixels"]),
             ],
             "look": [
                 _row(c["map"]),
                 _row(*(c[f"panel_{name}"] for name in PANELS), c["panel_width"]),
                 _row(c["opacity"], c["follow"], *(c[f"outline_{name}"] for name in OUTLINES)),
-                _row(c["colours"]),
-                c["scaling"],
+                _row(c["colours"], c["scaling"]),
             ],
             "point and zoom": [
                 _row(c["zoom"], c["hottest"], c["to_defect"], c["whole"]),
@@ -95,7 +96,9 @@ class Controls:
         main = [texts["head"], _row(*self.cells), texts["bar"], strip, tab, texts["message"]]
         find = [c["order"], c["defect"], c["outcome"], c["list"], w.HBox([c["previous"], c["next"]]), c["progress"]]
         left = w.VBox(find, layout=w.Layout(width="270px", flex="0 0 auto"))
-        return w.HBox([left, w.VBox(main, layout=w.Layout(flex="1 1 0", min_width="0"))])
+        return w.HBox(
+            [left, w.VBox(main, layout=w.Layout(flex="1 1 0", min_width="0"))], layout=w.Layout(grid_gap="10px")
+        )
 
 
 def _find(findings: Findings) -> dict[str, w.Widget]:
@@ -107,7 +110,7 @@ def _find(findings: Findings) -> dict[str, w.Widget]:
             options=[(kind or "not known", kind) for kind in (ALL, *kinds)], description="defect", layout=_wide()
         ),
         "outcome": w.Dropdown(options=(ALL, *OUTCOMES), description="outcome", layout=_wide()),
-        "list": w.Select(rows=14, layout=_wide()),
+        "list": w.Select(rows=24, layout=_wide()),
         "previous": w.Button(description="◀ previous", layout=half),
         "next": w.Button(description="next ▶", layout=half),
         "progress": w.IntProgress(
@@ -126,11 +129,14 @@ def _look(findings: Findings, state: State, panel_width: int) -> dict[str, w.Wid
             options=[(name.replace("_", "–"), name) for name in names], style={"button_width": "auto"}
         ),
         **{f"panel_{name}": w.ToggleButton(True, description=CAPTIONS[name], layout=_small()) for name in PANELS},
-        **{f"outline_{name}": w.Checkbox(True, description=f"outline {name}", indent=False) for name in OUTLINES},
+        **{
+            f"outline_{name}": w.Checkbox(True, description=f"outline {name}", indent=False, layout=_small())
+            for name in OUTLINES
+        },
         "opacity": w.FloatSlider(state.opacity, min=0, max=1, step=0.05, description="opacity"),
-        "follow": w.Checkbox(True, description="opacity follows the score", indent=False),
+        "follow": w.Checkbox(True, description="opacity follows the score", indent=False, layout=_small()),
         "colours": w.Dropdown(options=[(choice_of_colours(name), name) for name in COLOURS], description="colours"),
-        "scaling": w.Dropdown(options=labelled, description="scale", layout=_wide()),
+        "scaling": w.Dropdown(options=labelled, description="scale", layout=w.Layout(width="480px")),
         "panel_width": w.IntSlider(panel_width, min=120, max=800, step=10, description="panel px"),
     }
 
