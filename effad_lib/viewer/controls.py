@@ -101,6 +101,13 @@ class Controls:
         )
 
 
+def steps_from_start(slider: w.FloatSlider | w.FloatLogSlider, value: float) -> float:
+    """Return how many steps of a slider a value lies above its start; a browser only knows whole ones."""
+    if isinstance(slider, w.FloatLogSlider):
+        value = np.log(max(value, 1e-300)) / np.log(slider.base)
+    return (min(max(value, slider.min), slider.max) - slider.min) / slider.step
+
+
 def _find(findings: Findings) -> dict[str, w.Widget]:
     kinds = sorted(set(findings.defects), key=lambda kind: (kind != "good", kind))
     half = w.Layout(width="49%")

@@ -17,7 +17,7 @@ from effad_lib.images import SUFFIXES, ImageError
 from effad_lib.progress import progress
 from effad_lib.runs import RunError, write_bytes
 from effad_lib.viewer import pages
-from effad_lib.viewer.controls import STRIP, Controls
+from effad_lib.viewer.controls import STRIP, Controls, steps_from_start
 from effad_lib.viewer.drawings import branch_bar, colour_bar, histogram
 from effad_lib.viewer.findings import Findings, Picture
 from effad_lib.viewer.notes import Note, Notes
@@ -131,15 +131,16 @@ class Viewer:
         self._draw()
 
     def _watch_threshold(self, slider: Any) -> None:
-        slider.observe(lambda change: self._by_hand(threshold=change["new"]), "value")
+        slider.observe(lambda change: self._slid("threshold", change["new"]), "value")
 
     def _wire(self) -> None:
         c = self.controls
         self._watch_threshold(c["threshold"])
         for name in ("order", "defect", "outcome"):
             c[name].observe(lambda change, name=name: self._by_hand(find=True, **{name: change["new"]}), "value")
-        for name in ("map", "colours", "scaling", "opacity", "follow", "zoom", "pixel_threshold"):
+        for name in ("map", "colours", "scaling", "opacity", "follow", "zoom"):
             c[name].observe(lambda change, name=name: self._by_hand(**{name: change["new"]}), "value")
+        c["pixel_threshold"].observe(lambda change: self._slid("pixel_threshold", change["new"]), "value")
         c["list"].observe(lambda change: None if self._updating else self.show(change["new"]), "value")
         for name in ("row", "column"):
             c[name].observe(lambda _: self._by_hand(point=(c["row"].value, c["column"].value)), "value")
@@ -176,6 +177,13 @@ class Viewer:
         self.change(**values)
         if find and self._state.index not in self._order:
             self._first()
+
+    def _slid(self, name: str, value: float) -> None:
+        """Take the value of a threshold's slider, unless the browser has only rounded what it was told to its steps."""
+        slider, now = self.controls[name], getattr(self._state, name)
+        if now is not None and abs(steps_from_start(slider, value) - steps_from_start(slider, now)) <= 0.5 + 1e-6:
+            return
+        self._by_hand(**{name: value})
 
     def _toggled(self, group: str, all_of: tuple[str, ...]) -> None:
         chosen = tuple(name for name in all_of if self.controls[f"{group}_{name}"].value)
