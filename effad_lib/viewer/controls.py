@@ -94,7 +94,15 @@ class Controls:
         tab.titles = tuple(tabs)
         strip = w.HBox([w.VBox(pair) for pair in zip(self.thumbs, self.picks, strict=True)])
         main = [texts["head"], _row(*self.cells), texts["bar"], strip, tab, texts["message"]]
-        find = [c["order"], c["defect"], c["outcome"], c["list"], w.HBox([c["previous"], c["next"]]), c["progress"]]
+        find = [
+            c["order"],
+            c["defect"],
+            c["outcome"],
+            c["list"],
+            c["place"],
+            w.HBox([c["previous"], c["next"]]),
+            c["progress"],
+        ]
         left = w.VBox(find, layout=w.Layout(width="270px", flex="0 0 auto"))
         return w.HBox(
             [left, w.VBox(main, layout=w.Layout(flex="1 1 0", min_width="0"))], layout=w.Layout(grid_gap="10px")
@@ -118,6 +126,8 @@ def _find(findings: Findings) -> dict[str, w.Widget]:
         ),
         "outcome": w.Dropdown(options=(ALL, *OUTCOMES), description="outcome", layout=_wide()),
         "list": w.Select(rows=24, layout=_wide()),
+        # JupyterLab keeps the arrow keys up and down to itself, in a list too; left and right move a slider.
+        "place": w.IntSlider(1, min=1, max=1, description="place", layout=_wide()),
         "previous": w.Button(description="◀ previous", layout=half),
         "next": w.Button(description="next ▶", layout=half),
         "progress": w.IntProgress(

@@ -142,6 +142,7 @@ class Viewer:
             c[name].observe(lambda change, name=name: self._by_hand(**{name: change["new"]}), "value")
         c["pixel_threshold"].observe(lambda change: self._slid("pixel_threshold", change["new"]), "value")
         c["list"].observe(lambda change: None if self._updating else self.show(change["new"]), "value")
+        c["place"].observe(lambda change: self._updating or self.show(self._order[change["new"] - 1]), "value")
         for name in ("row", "column"):
             c[name].observe(lambda _: self._by_hand(point=(c["row"].value, c["column"].value)), "value")
         for group, all_of in (("panel", PANELS), ("outline", OUTLINES)):
@@ -302,7 +303,11 @@ class Viewer:
                 f"{found.scores[k]:8.3f}  {found.defects[k] or '?'}/{Path(found.names[k]).name}" for k in self._order
             ]
             self.controls["list"].options = list(zip(lines, self._order, strict=True))
-        self.controls["list"].value = state.index if state.index in self._order else None
+        listed_here = state.index in self._order
+        self.controls["list"].value = state.index if listed_here else None
+        self.controls["place"].max, self.controls["place"].disabled = max(1, len(self._order)), not self._order
+        if listed_here:
+            self.controls["place"].value = self._order.index(state.index) + 1
 
     def _draw_decision(self) -> None:
         state, found = self._state, self.findings
