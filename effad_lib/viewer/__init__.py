@@ -44,9 +44,7 @@ class ViewerSettings(Settings):
     """Settings of notebook 05."""
 
     run_folder: str = "runs/training"  # the folder of an evaluated run
-    images: str = (
-        ""  # a folder of images of one's own, which the run's model scores; "" takes the run's training images
-    )
+    images: str = ""  # a folder of images of one's own for the run's model to score; "" takes a few test images
     device: str = "auto"
 
     def check(self) -> None:

@@ -368,8 +368,8 @@ class Viewer:
     def _head(self, picture: Picture) -> str:
         """The heading of the image shown: what it is, what was decided, what each branch adds to its score."""
         (row, column), parts = shares(picture)
-        text = " + ".join(f"{value:.3f} {name.replace('_', '–')}" for name, value in parts.items())
-        branches = f"score = {text} {branch_bar(parts)}, at x {column}, y {row}" if parts else ""
+        text = " ".join(f"{value:+.3f} {name.replace('_', '–')}" for name, value in parts.items()).removeprefix("+")
+        branches = f"score = {text} {branch_bar(parts)} at x {column}, y {row}" if parts else ""
         truth = "" if picture.truth is not None else "<br>ground truth: not known"
         return f"<b>{html.escape(pages.heading(self.findings, self._state))}</b><br>{branches}{truth}"
 
