@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from effad_lib import __version__, cli, reports
 from effad_lib.cli import COMMANDS, main
+from effad_lib.cli.options import given, settings_options
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import DistillationSettings
 from effad_lib.images import ImageError
@@ -100,7 +101,7 @@ def test_values_of_every_type_arrive(monkeypatch, tmp_path):
     monkeypatch.chdir(PROJECT)
     arguments = "train --learning-rate 1e-3 --image-size 64 96 --padding --steps 5 --penalty-crop-scale --teacher t/x"
     options = cli.parse([*arguments.split(), "--data-root", str(tmp_path), "--run-folder", "runs/here"])
-    found = cli.given(options, cli.settings_options(TrainingSettings))
+    found = given(options, settings_options(TrainingSettings))
     assert found == {
         "learning_rate": 1e-3,
         "image_size": [64, 96],
@@ -111,10 +112,8 @@ def test_values_of_every_type_arrive(monkeypatch, tmp_path):
         "data_root": str(tmp_path.resolve()),
         "run_folder": "runs/here",
     }
-    assert cli.given(cli.parse(["train", "--teacher", "xs"]), cli.settings_options(TrainingSettings)) == {
-        "teacher": "xs"
-    }
-    assert cli.given(cli.parse(["train", "--no-padding"]), cli.settings_options(TrainingSettings)) == {"padding": False}
+    assert given(cli.parse(["train", "--teacher", "xs"]), settings_options(TrainingSettings)) == {"teacher": "xs"}
+    assert given(cli.parse(["train", "--no-padding"]), settings_options(TrainingSettings)) == {"padding": False}
 
 
 def test_paths_are_seen_from_where_one_is(monkeypatch, tmp_path):
@@ -122,7 +121,7 @@ def test_paths_are_seen_from_where_one_is(monkeypatch, tmp_path):
     options = cli.parse(["train", "--data-root", "mine", "--teacher", "t.pth"])
     here = tmp_path.resolve()
     wanted = {"data_root": str(here / "mine"), "teacher": str(here / "t.pth")}
-    assert cli.given(options, cli.settings_options(TrainingSettings)) == wanted
+    assert given(options, settings_options(TrainingSettings)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -173,7 +172,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     def broken(*_):
         raise ValueError("a bug")
 
-    monkeypatch.setitem(COMMANDS, "run", (cli.run_options, broken))
+    monkeypatch.setitem(COMMANDS, "run", (cli.notebooks.run_options, broken))
     with pytest.raises(ValueError, match="a bug"):
         main(["run"])
 
@@ -192,7 +191,7 @@ def test_how_commands_end(monkeypatch, capsys, error, code, says):
     def ending(*_):
         raise error
 
-    monkeypatch.setitem(COMMANDS, "run", (cli.run_options, ending))
+    monkeypatch.setitem(COMMANDS, "run", (cli.notebooks.run_options, ending))
     assert says in failure(capsys, "run", code=code)
 
 
@@ -270,7 +269,7 @@ def test_train_evaluate_and_detect(teacher, product, tmp_path, capsys, monkeypat
 
 @pytest.mark.parametrize("settings", [TrainingSettings, DistillationSettings])
 def test_every_setting_is_an_option_with_a_help(settings):
-    options = cli.settings_options(settings)
+    options = settings_options(settings)
     assert [option.name for option in options] == list(settings().as_dict())
     assert not [option.name for option in options if not option.help]
 

@@ -1,0 +1,76 @@
+"""The command line: thin calls of the library, listed by `effad --help`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+
+from effad_lib import __version__
+from effad_lib.cli import data, detectors, notebooks, teachers
+from effad_lib.cli.options import Parser
+
+# A command imports what it needs when it runs, so that `effad --help` does not wait for torch.
+
+Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+
+COMMANDS: dict[str, Command] = {
+    "run": (notebooks.run_options, notebooks.run),
+    "synthesize": (data.synthesize_options, data.synthesize),
+    "damage": (data.damage_options, data.damage),
+    "distill": (teachers.distill_options, teachers.distill),
+    "probe": (teachers.probe_options, teachers.probe),
+    "train": (detectors.train_options, detectors.train),
+    "evaluate": (detectors.evaluate_options, detectors.evaluate),
+    "gallery": (detectors.gallery_options, detectors.gallery),
+    "threshold": (detectors.threshold_options, detectors.threshold),
+    "detect": (detectors.detect_options, detectors.detect),
+}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Return the parsed command line; only the chosen command's options are built, as making them may need torch."""
+    parser = Parser("effad", description="EfficientAD: anomaly detection trained on good images.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"effad {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), "")
+    for name, (add, work) in COMMANDS.items():
+        text = inspect.getdoc(work)
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(work=work)
+        if name == chosen:
+            add(command)
+            asked = command
+    options, extra = parser.parse_known_args(arguments)
+    if extra:
+        from effad_lib.settings import nearest
+
+        wrong = next((argument for argument in extra if argument.startswith("-")), extra[0])
+        known = set(re.findall(r"--[a-z][a-z-]*", asked.format_help()))
+        asked.error(f"unknown argument {wrong}: {nearest(wrong, known).rstrip('.')}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, or 2 after an error of the user's, or 130 after Ctrl-C."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"effad: {message}", file=sys.stderr)
+        try:
+            options = parse(sys.argv[1:] if arguments is None else arguments)
+            return options.work(options)
+        except KeyboardInterrupt as interrupt:
+            print(f"\neffad: {str(interrupt) or 'stopped: what was finished before is kept.'}", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # the reader of our output has left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (OSError, ValueError, RuntimeError) as error:
+            # Our own errors are written for people; those from deeper are faults and keep their traceback.
+            if not isinstance(error, OSError) and not type(error).__module__.startswith("effad_lib"):
+                raise
+            print(f"effad: {error}", file=sys.stderr)
+            return 2

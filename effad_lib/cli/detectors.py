@@ -1,0 +1,195 @@
+"""Commands that train, measure and use detectors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from effad_lib.cli.options import Option, add_options, given, settings_options
+
+
+def train_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad train`."""
+    from effad_lib.training import TrainingSettings
+
+    add_options(parser, settings_options(TrainingSettings))
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train a detector on good images, or continue where it was stopped."""
+    from effad_lib.datasets import load_dataset
+    from effad_lib.runs import Run
+    from effad_lib.training import TrainingSettings
+    from effad_lib.training import train as work
+
+    settings = TrainingSettings.from_mapping(given(options, settings_options(TrainingSettings)))
+    split = load_dataset(
+        settings.dataset,
+        root=settings.data_root,
+        category=settings.category,
+        seed=settings.seed,
+        validation_share=settings.validation_share,
+    )
+    work(settings, split)
+    finished = Run(settings.run_folder)
+    print(f"{finished.model}\nTo measure it: effad evaluate {finished.folder}")
+    return 0
+
+
+def evaluate_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad evaluate`."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folders of finished trainings")
+    parser.add_argument(
+        "--save-tiffs",
+        metavar="FOLDER",
+        help="also write the maps as MVTec's evaluation code reads them: into FOLDER/CATEGORY/test, "
+        "with several runs into FOLDER/RUN/CATEGORY/test",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Measure trained runs on their test images; writes metrics.json, scores.csv, maps and report.html into each."""
+    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, no window is opened
+    from effad_lib import batch, evaluation, reports
+
+    folders = [Path(run).expanduser().resolve() for run in options.runs]
+    splits = [evaluation.data_to_test(folder) for folder in folders]  # all, before the first is evaluated
+    targets = _tiff_folders(options.save_tiffs, folders, splits)
+    for folder, target in zip(folders, targets, strict=True):
+        detector, _, found = evaluation.evaluate_run(folder, options.device)
+        if target:
+            found.save_tiffs(target)
+        result = evaluation.finish_run(folder, detector, found)
+        page = reports.write_report(folder, found, detector.image_size, result)
+        print(batch.as_text(batch.results([folder])))
+        for table in (found.by_defect(), found.decisions()):
+            if len(table):
+                print(f"\n{table.round(3).to_string(na_rep='–')}")
+        print(f"\n{result['latency_ms']:.1f} ms an image ({result['latency_on']}); {page}")
+        for note in found.notes:
+            print(note)
+    if len(folders) > 1:
+        print(f"\n{reports.beside_published(folders)}")
+    return 0
+
+
+def _tiff_folders(root: str | None, runs: list[Path], splits: list[Any]) -> list[Path | None]:
+    """Return where the maps of each run go; raises `EvaluationError` if two maps would be written to the same file."""
+    from effad_lib import evaluation
+
+    if root is None:
+        return [None] * len(runs)
+    targets: dict[Path, Path] = {}
+    for run, split in zip(runs, splits, strict=True):
+        evaluation.tiff_places(split.test)
+        above = Path(root).expanduser() / (run.name if len(runs) > 1 else "")
+        target = above / split.name.rpartition("/")[2]
+        if target in targets:
+            raise evaluation.EvaluationError(
+                f"{targets[target]} and {run} would both have their maps in {target}. Evaluate them one by one, each "
+                f"with a folder of its own for --save-tiffs."
+            )
+        targets[target] = run
+    return list(targets)
+
+
+def detect_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad detect`."""
+    parser.add_argument("model", metavar="MODEL", help="a model.safetensors")
+    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", help="an image, or a folder with images at any depth")
+    parser.add_argument("--out", default="detections", help="folder for the results (default: detections)")
+    parser.add_argument("--masks", help="ground truth to outline: a folder with <name>_mask.png, or one mask")
+    parser.add_argument("--save-maps", action="store_true", help="also write the raw maps (float32 .npy)")
+    parser.add_argument("--save-masks", action="store_true", help="also write what is above the pixel threshold (.png)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+
+
+def detect(options: argparse.Namespace) -> int:
+    """Look for defects in new images; exit code 1 if some of them could not be read, 2 if none could."""
+    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, no window is opened
+    from effad_lib import detection
+    from effad_lib.detector import EfficientAD
+    from effad_lib.images import ImageError
+    from effad_lib.settings import pick_device
+
+    detector = EfficientAD.load(Path(options.model).expanduser(), pick_device(options.device))
+    wanted = {name: getattr(options, name) for name in ("masks", "save_maps", "save_masks")}
+    table = detection.detect(detector, options.images, options.out, **wanted)
+    left_out = int((table["error"] != "").sum())
+    if left_out == len(table):
+        raise ImageError(f"none of {len(table)} images could be read; see {Path(options.out) / 'scores.csv'}.")
+    defective = int((table["decision"] == "defective").sum())
+    print(f"{len(table) - left_out} images, {defective} defective, {left_out} left out: see {options.out}")
+    return 1 if left_out else 0
+
+
+def threshold_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad threshold`."""
+    parser.add_argument("model", metavar="MODEL", help="a model.safetensors")
+    add_options(parser, _decision_options())
+    parser.add_argument(
+        "--normals", metavar="FOLDER", help="good images, not from training; default: those of the model"
+    )
+    parser.add_argument("--out", metavar="FILE", help="where to write the model (default: in its place)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+
+
+def _decision_options() -> list[Option]:
+    from effad_lib.training import TrainingSettings
+
+    names = ("false_alarm_rate", "confidence")
+    return [option for option in settings_options(TrainingSettings) if option.name in names]
+
+
+def threshold(options: argparse.Namespace) -> int:
+    """Choose a model's thresholds anew, for a false-alarm rate on normal images; its weights stay."""
+    from effad_lib import calibration
+    from effad_lib.detector import EfficientAD
+    from effad_lib.images import find_images, load_images
+    from effad_lib.runs import Run
+    from effad_lib.settings import pick_device
+    from effad_lib.training import TrainingSettings
+
+    path = Path(options.model).expanduser()
+    settings = TrainingSettings.from_mapping(given(options, _decision_options()))
+    rate, confidence = settings.false_alarm_rate, settings.confidence
+    detector = EfficientAD.load(path, pick_device(options.device))
+    if options.normals:
+        folder = Path(options.normals).expanduser().resolve()
+        files = find_images(folder)
+        calibration.rank(len(files), rate, confidence)  # refused before any image is read
+        images = load_images(files, detector.image_size, description="reading normal images")
+        calibration.measure_normals(detector, images, source=folder.name, names=files)
+    calibration.choose_thresholds(detector, rate, confidence)
+    chosen = detector.calibration
+    kept = f"; at most {rate:.3g} with confidence {confidence:g}" if rate else ""
+    above = (chosen["normals"] + 1 - chosen["rank"]) / (chosen["normals"] + 1)
+    print(f"normal images    {chosen['normals']}, {chosen.get('source', 'held out from training')}")
+    print(f"rank             {chosen['rank']} of {chosen['normals']}")
+    print(f"false alarms     a share of {above:.3g} expected{kept}")
+    print(f"image threshold  {detector.threshold:.4g}")
+    print(f"pixel threshold  {detector.pixel_threshold:.4g}")
+    saved = detector.save(Path(options.out).expanduser() if options.out else path)
+    print(saved)
+    run = Run(saved.resolve().parent)
+    if run.done and run.model == saved.resolve():
+        print(f"It was evaluated with the thresholds before, so evaluate again: effad evaluate {run.folder}")
+    return 0
+
+
+def gallery_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad gallery`."""
+    parser.add_argument("run", metavar="RUN", help="the folder of an evaluated run")
+    parser.add_argument("--out", metavar="FOLDER", help="where to write it (default: RUN/gallery)")
+
+
+def gallery(options: argparse.Namespace) -> int:
+    """Write all test images of a run with their heatmaps as one page, for people without Jupyter."""
+    from effad_lib import viewer
+
+    run = Path(options.run).expanduser().resolve()
+    print(viewer.write_gallery(viewer.of_run(run), Path(options.out).expanduser() if options.out else run / "gallery"))
+    return 0

@@ -1,0 +1,88 @@
+"""Command-line options made from the settings and arguments of the library."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Iterable
+from typing import Any, NamedTuple, NoReturn
+
+PATHS = frozenset({"run_folder", "data_root", "penalty_images", "images", "backbone_weights"})
+"""Settings that are paths: on the command line relative to where one is, in settings relative to the project."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with code 2."""
+        print(f"effad: {message}. See `{self.prog} --help`.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class Option(NamedTuple):
+    """One option made from a field or an argument of the library."""
+
+    name: str
+    hint: Any
+    default: Any
+    help: str = ""
+
+
+def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> None:
+    """Add `--some-name` for each; only those given on the command line end up in the parsed namespace."""
+    for name, hint, default, text in options:
+        flag = f"--{name.replace('_', '-')}"
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+        text = f"{text} (default: {'none' if shown == '' else shown})".replace("%", "%%").strip()
+        common = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+        if hint is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        elif typing.get_origin(hint) in (list, tuple):
+            inner = typing.get_args(hint)[0]
+            parser.add_argument(flag, nargs="*", type=inner, metavar=inner.__name__.upper(), **common)
+        else:
+            parser.add_argument(flag, type=hint, metavar=hint.__name__.upper(), **common)
+
+
+def settings_options(settings: type) -> list[Option]:
+    """Return an option for each field of a settings dataclass, its help taken from the comment beside the field."""
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", inspect.getsource(settings), re.MULTILINE))
+    hints = typing.get_type_hints(settings)
+    return [
+        Option(field.name, hints[field.name], field.default, comments.get(field.name, ""))
+        for field in dataclasses.fields(settings)
+    ]
+
+
+def given(options: argparse.Namespace, known: Iterable[Option]) -> dict[str, Any]:
+    """Return the values given on the command line, paths as seen from the project."""
+    values = {option.name: getattr(options, option.name) for option in known if hasattr(options, option.name)}
+    values |= {name: as_path(values[name]) for name in PATHS & values.keys()}
+    if "dataset" in values:
+        values["dataset"] = as_dataset(values["dataset"])
+    return values | ({"teacher": as_teacher(values["teacher"])} if "teacher" in values else {})
+
+
+def as_path(path: str) -> str:
+    """Return a path as seen from the project; "" stays as it is."""
+    from effad_lib.runs import from_project
+
+    return path and from_project(path)
+
+
+def as_dataset(name: str) -> str:
+    """Return a data set's name as it is, the file of "path/to/file.py:name" as seen from the project."""
+    file, separator, own = name.rpartition(":")
+    return f"{as_path(file)}:{own}" if separator and file.endswith(".py") else name
+
+
+def as_teacher(name: str) -> str:
+    """Return the size of a shipped teacher as it is, a file's path as seen from the project."""
+    from effad_lib.networks import PDN_LAYERS
+
+    return name if name.upper() in PDN_LAYERS else as_path(name)
