@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[data,notebooks,test]"
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[data,notebooks,export,cluster,test]"
 	@touch $(INSTALLED)
 
 # The pictures of README.md, from the runs of `make run`.
