@@ -141,7 +141,10 @@ def notebook(run):
         yield f"{json.loads(text)['url']}doc/tree/viewer.ipynb?token={token}"
     finally:
         server.terminate()  # it stops its kernels
-        server.wait(PATIENCE)
+        try:
+            server.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -189,16 +192,16 @@ def test_the_threshold_changes_the_counts_and_no_picture(seen, run):
     good = int((of_run(run).labels == 0).sum())
     seen.stored()
     before, drawn = seen.pictures(), seen.histogram.text_content()
-    seen.slide("image >", "ArrowRight")
+    seen.slide("image threshold", "ArrowRight")
     expect(seen.counts).to_contain_text("chosen by hand")
-    seen.slide("image >", "Home")  # below all scores
+    seen.slide("image threshold", "Home")  # below all scores
     expect(seen.counts).to_contain_text(re.compile(rf"chosen by hand: false alarms {good} of {good} .*misses 0 of"))
     assert seen.histogram.text_content() != drawn and seen.pictures() == before
 
 
 def test_the_stored_threshold_comes_back_exactly_and_stays(seen, run):
     seen.tab("decide")
-    seen.slide("image >", "End")
+    seen.slide("image threshold", "End")
     expect(seen.counts).to_contain_text("chosen by hand")
     seen.stored()
     for place in (1, 0):  # the controls are set anew with every image
@@ -214,6 +217,13 @@ def test_the_arrow_keys_walk_through_the_list(seen):
         seen.slide("place", key)
         expect(seen.heading).to_contain_text(seen.name(place))
     until(lambda: seen.pictures()["image"] != before["image"])
+
+
+def test_the_list_keeps_its_arrow_keys(seen):
+    seen.go(0)
+    for key, place in (("ArrowDown", 1), ("ArrowDown", 2), ("ArrowUp", 1)):
+        seen.list.press(key)
+        expect(seen.heading).to_contain_text(seen.name(place))
 
 
 def test_screenshot(seen, tmp_path):

@@ -21,7 +21,7 @@ ROOMS = (
 ).split()
 """The rooms of effad_lib, ground floor first: each may import only those before it."""
 
-WIDGETS = ("controls.py", "speed.py", "widgets.py")
+WIDGETS = ("controls.py", "display.py", "speed.py", "widgets.py")
 """Modules of the viewer that need Jupyter; they are imported when a viewer is opened."""
 
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -181,7 +181,7 @@ def test_notes_that_cannot_be_written_are_said_to_be(run):
 def test_an_image_that_is_gone_does_not_inherit_the_note_of_the_one_before(run):
     viewer = open_viewer(of_run(run))
     viewer.controls["note"].value = "a scratch"
-    viewer._picture.cache_clear()
+    viewer._display.picture.cache_clear()
     viewer.findings.samples[1] = replace(viewer.findings.samples[1], image=run / "gone.png")
     viewer.show(1)
     viewer.controls["verdict"].value = "unclear"

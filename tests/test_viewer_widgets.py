@@ -6,13 +6,16 @@ import io
 import shutil
 from dataclasses import replace
 
+import ipywidgets
 import numpy as np
 import pytest
 from PIL import Image
 
 from effad_lib import metrics
 from effad_lib.viewer import State, of_images, of_run, open_viewer, view_images, view_run
+from effad_lib.viewer.controls import steps_from_start
 from effad_lib.viewer.findings import scan
+from effad_lib.viewer.speed import redraw_times
 from effad_lib.viewer.state import ALL, PANELS, listed, region
 
 OUTCOMES = ["right", "miss", "right", "right", "false alarm", "right"]
@@ -122,11 +125,19 @@ def test_outlines_and_panels_are_switched_one_by_one(viewer):
     assert redrawn(viewer, lambda: setattr(c["outline_marked"], "value", False)) == {"image", "overlay", "heatmap"}
     assert viewer.state.outlines == ()
     c["panel_heatmap"].value = False
-    assert viewer.state.panels == ("image", "overlay", "truth") and viewer._shell.cells[2].layout.display == "none"
+    assert (
+        viewer.state.panels == ("image", "overlay", "truth") and viewer._shell.cells["heatmap"].layout.display == "none"
+    )
     assert "heatmap" not in redrawn(viewer, lambda: setattr(c["colours"], "value", "jet"))  # not while it is hidden
     assert redrawn(viewer, lambda: setattr(c["panel_heatmap"], "value", True)) == {"heatmap"}
-    c["panel_width"].value = 420
-    assert {cell.layout.width for cell in viewer._shell.cells} == {"420px"}
+    layout, widths = viewer._shell._panels.layout, {}
+    for width in (400, 200):
+        c["panel_width"].value = width
+        widths[width] = (layout.max_width, layout.grid_template_columns)
+    assert widths[400][0] == "1640px" and "min(240px" in widths[400][1]
+    assert widths[200][0] == "840px" and "min(120px" in widths[200][1]
+    c["panel_truth"].value = False
+    assert layout.max_width == "630px"  # those that are left do not grow
 
 
 def test_the_threshold_counts_mistakes_as_it_moves(viewer):
@@ -235,7 +246,7 @@ def test_thumbnails_show_the_page_of_the_list_and_select(own_model, folder):
 def broken(viewer, tmp_path):
     """The viewer with an image that vanished before it was shown."""
     viewer.findings.samples[1] = replace(viewer.findings.samples[1], image=tmp_path / "gone.png")
-    viewer._picture.cache_clear()
+    viewer._display.picture.cache_clear()
     viewer.show(1)
     return viewer
 
@@ -292,3 +303,45 @@ def test_a_broken_upload_is_named_and_changes_nothing(viewer, name, tmp_path):
     assert viewer.state == before and len(viewer.findings) == 6
     why = "cannot be read" if name.endswith(".png") else "no known ending"
     assert f">{name.split('/')[-1]}: {why}" in text(viewer, "message")
+
+
+def test_a_type_of_defect_that_comes_later_can_be_chosen(viewer, picture, tmp_path):
+    choice, content = viewer.controls["defect"], picture(tmp_path / "mine.png").read_bytes()
+    assert "not known" not in [label for label, _ in choice.options]
+    viewer._upload(({"name": "mine.png", "content": content},))
+    assert "not known" in [label for label, _ in choice.options] and choice.value == ALL == viewer.state.defect
+    choice.value = ""
+    assert len(viewer.controls["list"].options) == 1 and viewer.findings.names[viewer.state.index] == "mine.png"
+
+
+def test_a_line_that_is_gone_when_the_browser_names_it_is_not_taken(viewer):
+    lines, before = viewer.controls["list"], viewer.state
+    lines.set_state({"index": 99})
+    assert lines.value == before.index and viewer.state == before
+    lines.set_state({"index": 1})
+    assert viewer.state.index == viewer._display.order[1] == lines.value
+
+
+@pytest.mark.parametrize("scores", [[0.02, 0.05, 0.07, 0.09, 0.11, 0.1], [0.02, 0.05, 0.7, 0.9, 11.0, 0.1]])
+def test_a_slider_can_show_the_stored_threshold_exactly(viewer, scores):
+    found = viewer.findings
+    found.scores = np.array(scores)
+    for threshold in (0.0612345678, 0.0299, max(scores), min(scores)):
+        found.threshold = threshold
+        viewer._shell.range_over(found)
+        slider = viewer.controls["threshold"]
+        steps = steps_from_start(slider, threshold)
+        assert steps == pytest.approx(round(steps), abs=1e-6)
+        assert steps_from_start(slider, max(scores)) > steps_from_start(slider, min(scores)) >= 0
+
+
+def test_measuring_how_fast_it_is_sends_no_more_for_more_moves(viewer, monkeypatch):
+    sent = []
+    monkeypatch.setattr(ipywidgets.Widget, "_send", lambda self, *args, **kwargs: sent.append(self))
+    counted = []
+    for repeats in (3, 9):
+        table = redraw_times(viewer, repeats)
+        counted.append(len(sent))
+        sent.clear()
+    assert counted[0] and counted[1] <= counted[0] + 5  # a few more of the parts may have changed
+    assert (table["slowest"] >= table["median"]).all() and {"opacity", "another image"} <= set(table.index)

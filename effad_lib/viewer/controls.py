@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ipywidgets as w
 import numpy as np
 
@@ -18,6 +20,13 @@ STRIP = 8
 
 SCALING_LABELS = ("one for the whole run", "this image's own (makes good images look broken)")
 
+OWN_KEYS = (
+    '<img src="data:," hidden onerror="const own = () => {'
+    "const list = this.closest('.widget-vbox')?.querySelector('.widget-select select');"
+    "list ? list.setAttribute('data-lm-suppress-shortcuts', 'true') : setTimeout(own, 100)}; own()\">"
+)
+"""Leaves the list its arrow keys, which JupyterLab takes for its cells otherwise; elsewhere it does nothing."""
+
 ROW = {"flex_flow": "row wrap", "align_items": "center", "grid_gap": "4px 10px"}
 
 
@@ -28,8 +37,8 @@ class Controls:
     their captions; `widget` holds all of them in place. Nothing is wired.
     """
 
-    def __init__(self, findings: Findings, state: State, panel_width: int) -> None:
-        self.by_name = c = {**_find(findings), **_look(findings, state, panel_width), **_place(), **_decide(findings)}
+    def __init__(self, findings: Findings, panel_width: int) -> None:
+        self.by_name = c = {**_find(findings), **_look(findings, panel_width), **_place(), **_decide(findings)}
         c |= {
             "verdict": w.ToggleButtons(
                 options=[(name or "none", name) for name in VERDICTS], style={"button_width": "auto"}
@@ -43,28 +52,32 @@ class Controls:
         self.images = {name: w.Image(format="jpeg", layout=w.Layout(width="100%")) for name in PANELS}
         self.thumbs = [w.Image(format="jpeg", layout=w.Layout(width="88px", height="88px")) for _ in range(STRIP)]
         self.picks = [w.Button(layout=w.Layout(width="88px")) for _ in range(STRIP)]
-        self.cells = [
-            w.VBox([w.HTML(f"<b>{CAPTIONS[name]}</b>"), image], layout=w.Layout(width=f"{panel_width}px"))
-            for name, image in self.images.items()
-        ]
+        self.cells = {name: w.VBox([w.HTML(f"<b>{CAPTIONS[name]}</b>"), image]) for name, image in self.images.items()}
+        self._panels = w.GridBox(tuple(self.cells.values()), layout=w.Layout(width="100%", grid_gap="4px 10px"))
+        self.place_panels(PANELS)
         self._threshold = w.VBox()
         self.range_over(findings)
         self.widget = self._arranged(can_score=findings.detector is not None)
 
-    def range_over(self, findings: Findings) -> w.Widget:
-        """Make the slider of the threshold anew and return it: over the scores that there are, in ratios if it can."""
+    def place_panels(self, shown: tuple[str, ...]) -> None:
+        """Show these panels side by side, as wide as asked for or narrower where there is less room."""
+        for name, cell in self.cells.items():
+            cell.layout.display = "" if name in shown else "none"
+        width = self.by_name["panel_width"].value
+        self._panels.layout.grid_template_columns = f"repeat(auto-fit, minmax(min({0.6 * width:.0f}px, 100%), 1fr))"
+        self._panels.layout.max_width = f"{max(1, len(shown)) * (width + 10)}px"
+
+    def range_over(self, findings: Findings) -> None:
+        """Make the slider of the threshold anew: over the scores that there are, in ratios if it can."""
         low, high, log = score_range(findings)
         margin = 0.02 * (high - low)
         low, high = (low / 1.02, high * 1.02) if log else (low - margin, high + margin)
-        common = {"description": "image >", "readout_format": ".4g", "layout": _wide()}
-        if log:
-            ends = {"min": np.log10(low), "max": np.log10(high), "step": np.log10(high / low) / 1000}
-            slider = w.FloatLogSlider(value=high, **ends, **common)
-        else:
-            slider = w.FloatSlider(value=high, min=low, max=high, step=(high - low) / 1000, **common)
+        kind, of = (w.FloatLogSlider, np.log10) if log else (w.FloatSlider, float)
+        stored = None if findings.threshold is None else of(findings.threshold)
+        steps = _steps(of(low), of(high), 1000, stored)
+        slider = kind(value=high, **steps, **_named("image threshold"))
         self.by_name["threshold"] = slider
         self._threshold.children = (slider,)
-        return slider
 
     def _arranged(self, can_score: bool) -> w.Widget:
         c, texts = self.by_name, self.texts
@@ -93,12 +106,13 @@ class Controls:
         tab = w.Tab([w.VBox(parts) for parts in tabs.values()], selected_index=0)
         tab.titles = tuple(tabs)
         strip = w.HBox([w.VBox(pair) for pair in zip(self.thumbs, self.picks, strict=True)])
-        main = [texts["head"], _row(*self.cells), texts["bar"], strip, tab, texts["message"]]
+        main = [texts["head"], self._panels, texts["bar"], strip, tab, texts["message"]]
         find = [
             c["order"],
             c["defect"],
             c["outcome"],
             c["list"],
+            w.HTML(OWN_KEYS, layout=w.Layout(display="none")),
             c["place"],
             w.HBox([c["previous"], c["next"]]),
             c["progress"],
@@ -116,17 +130,41 @@ def steps_from_start(slider: w.FloatSlider | w.FloatLogSlider, value: float) -> 
     return (min(max(value, slider.min), slider.max) - slider.min) / slider.step
 
 
-def _find(findings: Findings) -> dict[str, w.Widget]:
+class List(w.Select):
+    """A list whose lines may change while the browser chooses one: a line that is gone by then is not taken."""
+
+    def set_state(self, sync_data: dict[str, Any]) -> None:
+        """Take what the browser has to say."""
+        index = sync_data.get("index")
+        gone = index is not None and index >= len(self.options)
+        super().set_state({name: value for name, value in sync_data.items() if not (gone and name == "index")})
+
+
+def kinds_of(findings: Findings) -> list[tuple[str, str]]:
+    """Return the choices of the filter by type of defect, each with its label."""
     kinds = sorted(set(findings.defects), key=lambda kind: (kind != "good", kind))
+    return [(kind or "not known", kind) for kind in (ALL, *kinds)]
+
+
+def _steps(low: float, high: float, count: int, on: float | None) -> dict[str, float]:
+    """Return `min`, `max` and `step` of a slider: about so many steps, one of them on a value that it must show."""
+    step = (high - low) / count
+    start = low if on is None else on - step * np.ceil((on - low) / step)
+    return {"min": start, "max": high, "step": step}
+
+
+def _named(name: str) -> dict[str, Any]:
+    """Return what the sliders of both thresholds have in common."""
+    return {"description": name, "style": {"description_width": "110px"}, "readout_format": ".4g", "layout": _wide()}
+
+
+def _find(findings: Findings) -> dict[str, w.Widget]:
     half = w.Layout(width="49%")
     return {
         "order": w.Dropdown(options=ORDERS, description="order", layout=_wide()),
-        "defect": w.Dropdown(
-            options=[(kind or "not known", kind) for kind in (ALL, *kinds)], description="defect", layout=_wide()
-        ),
+        "defect": w.Dropdown(options=kinds_of(findings), description="defect", layout=_wide()),
         "outcome": w.Dropdown(options=(ALL, *OUTCOMES), description="outcome", layout=_wide()),
-        "list": w.Select(rows=24, layout=_wide()),
-        # JupyterLab keeps the arrow keys up and down to itself, in a list too; left and right move a slider.
+        "list": List(rows=24, layout=_wide()),
         "place": w.IntSlider(1, min=1, max=1, description="place", layout=_wide()),
         "previous": w.Button(description="◀ previous", layout=half),
         "next": w.Button(description="next ▶", layout=half),
@@ -138,7 +176,7 @@ def _find(findings: Findings) -> dict[str, w.Widget]:
     }
 
 
-def _look(findings: Findings, state: State, panel_width: int) -> dict[str, w.Widget]:
+def _look(findings: Findings, panel_width: int) -> dict[str, w.Widget]:
     names = MAP_NAMES if findings.has_branches else MAP_NAMES[:1]
     labelled = list(zip(SCALING_LABELS, SCALINGS, strict=True))
     return {
@@ -150,7 +188,7 @@ def _look(findings: Findings, state: State, panel_width: int) -> dict[str, w.Wid
             f"outline_{name}": w.Checkbox(True, description=f"outline {name}", indent=False, layout=_small())
             for name in OUTLINES
         },
-        "opacity": w.FloatSlider(state.opacity, min=0, max=1, step=0.05, description="opacity"),
+        "opacity": w.FloatSlider(State().opacity, min=0, max=1, step=0.05, description="opacity"),
         "follow": w.Checkbox(True, description="opacity follows the score", indent=False, layout=_small()),
         "colours": w.Dropdown(options=[(choice_of_colours(name), name) for name in COLOURS], description="colours"),
         "scaling": w.Dropdown(options=labelled, description="scale", layout=w.Layout(width="480px")),
@@ -179,12 +217,8 @@ def _decide(findings: Findings) -> dict[str, w.Widget]:
         "best": w.Button(description="F1-max (has seen the truth)", tooltip=seen, layout=_small()),
         "pixel_threshold": w.FloatSlider(
             value=high,
-            min=low,
-            max=high,
-            step=(high - low) / 400,
-            readout_format=".4g",
-            description="pixels >",
-            layout=_wide(),
+            **_steps(low, high, 400, findings.pixel_threshold),
+            **_named("pixel threshold"),
         ),
         "stored_pixels": w.Button(
             description="stored pixel threshold", disabled=findings.pixel_threshold is None, layout=_small()

@@ -134,7 +134,8 @@ def summary(findings: Findings, threshold: float | None) -> str:
         if of:
             shares.append(f"<b>{name} {count}</b> of {of} ({100 * count / of:.1f} %)")
     head = "<tr><th>truth</th><th>called good</th><th>called defective</th></tr>"
-    return f"{', '.join(shares)}<table>{head}{''.join(rows)}</table>"
+    spaced = 'style="border-spacing:12px 2px;margin-left:-12px;text-align:right"'
+    return f"{', '.join(shares)}<table {spaced}>{head}{''.join(rows)}</table>"
 
 
 STYLE = (
