@@ -49,11 +49,11 @@ class Controls:
         }
         names = ("head", "bar", "histogram", "counts", "point", "message", "noted")
         self.texts = {name: w.HTML() for name in names}
-        self.images = {name: w.Image(format="jpeg", layout=w.Layout(width="100%")) for name in PANELS}
+        self.images = {name: w.Image(format="jpeg", layout=w.Layout(width="100%", margin="0")) for name in PANELS}
         self.thumbs = [w.Image(format="jpeg", layout=w.Layout(width="88px", height="88px")) for _ in range(STRIP)]
         self.picks = [w.Button(layout=w.Layout(width="88px")) for _ in range(STRIP)]
         self.cells = {name: w.VBox([w.HTML(f"<b>{CAPTIONS[name]}</b>"), image]) for name, image in self.images.items()}
-        self._panels = w.GridBox(tuple(self.cells.values()), layout=w.Layout(width="100%", grid_gap="4px 10px"))
+        self._panels = w.GridBox(tuple(self.cells.values()), layout=w.Layout(grid_gap="4px 10px"))
         self.place_panels(PANELS)
         self._threshold = w.VBox()
         self.range_over(findings)
