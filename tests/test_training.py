@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from effad_lib import training
+from effad_lib import losses, training
 from effad_lib.backbones import file_sha256
 from effad_lib.datasets import DatasetError, load_dataset
 from effad_lib.detector import EfficientAD
@@ -220,6 +220,38 @@ def test_loss_that_is_not_finite_stops_at_the_checkpoint_before(start, monkeypat
     with pytest.raises(RunError, match="not finite at step 8"):
         start("run")
     assert Run(tmp_path / "run").load_checkpoint("last")["step"] == 4
+
+
+def test_a_loss_that_is_not_finite_between_two_validations_names_step_and_image(start, monkeypatch, tmp_path):
+    """The state after it is never saved, though a checkpoint is due before the next validation."""
+    steps, hard_feature_loss = iter(range(1, 100)), losses.hard_feature_loss
+    monkeypatch.setattr(
+        losses, "hard_feature_loss", lambda *args: hard_feature_loss(*args) * (float("inf") if next(steps) == 6 else 1)
+    )
+    with pytest.raises(RunError, match=r"not finite at step 6, on \S+/train/good/\d{3}\.png\. .*now 0\.001"):
+        start("run", validate_every=12)
+    saved = Run(tmp_path / "run").load_checkpoint("last")
+    assert saved["step"] == 4 and all(value.isfinite().all() for value in saved["student"].values())
+
+
+def test_a_student_that_has_died_is_said_to_have(start, monkeypatch):
+    detector, _ = start("alive")
+    assert detector.card["dead_channels"] < 0.9
+    kill = training.Trainer.train_step
+
+    def killed(self):
+        terms = kill(self)
+        last = [layer for layer in self.detector.student.trunk if isinstance(layer, torch.nn.Conv2d)][-1]
+        with torch.no_grad():
+            last.bias.fill_(-1e6)
+        return terms
+
+    monkeypatch.setattr(training.Trainer, "train_step", killed)
+    with pytest.warns(
+        UserWarning, match=r"100 % of the student's .* it has died .* lower learning_rate \(here 0\.001\)"
+    ):
+        detector, _ = start("dead")
+    assert detector.card["dead_channels"] == 1
 
 
 def test_another_teacher_neither_continues_nor_passes_as_the_first(start, teacher):

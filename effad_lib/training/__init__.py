@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from effad_lib.calibration import calibrate, rank
@@ -60,8 +62,16 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
         load_images([sample.image for sample in split.train], size, description="reading training images"),
         load_images([sample.image for sample in split.validation], size, description="reading validation images"),
         natural,
+        [sample.image for sample in split.train],
     )
     trainer.loop()
+    if (dead := trainer.dead_share()) > 0.9:
+        warnings.warn(
+            f"{run.folder}: {100 * dead:.0f} % of the student's last hidden channels are zero on every held-out image: "
+            f"it has died and sees next to nothing. Train in a new run folder with a lower learning_rate (here "
+            f"{settings.learning_rate:g}).",
+            stacklevel=2,
+        )
     detector.card = {
         "data": split.name,
         "training_images": len(split.train),
@@ -70,6 +80,7 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
         "natural_images": len(natural) - len(natural.skipped),
         "steps": trainer.step,
         "seconds": round(trainer.seconds, 1),
+        "dead_channels": round(dead, 4),
         "settings": settings.as_dict() | {"run_folder": run.folder.name, "data_root": "", "penalty_images": ""},
         "torch": torch.__version__,
     }

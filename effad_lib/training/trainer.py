@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -37,10 +39,14 @@ class Trainer:
         images: Tensor,
         validation: Tensor,
         natural: NaturalImages,
+        names: Sequence[str | Path] = (),
     ) -> None:
         self.settings, self.run, self.detector, self.natural = settings, run, detector, natural
         self.device = detector.device
         self.images, self.validation = images.to(self.device), validation.to(self.device)
+        self.names = names
+        self.drawn: list[Tensor] = []  # the images of each step since the losses were last looked at
+        self.first_bad = torch.tensor(-1, device=self.device)  # the first of these steps whose loss is not finite
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.step, self.seconds, self.stale = 0, 0.0, 0
         self.history: list[dict[str, float]] = []
@@ -105,9 +111,12 @@ class Trainer:
                     bar.set_postfix(now, refresh=False)
                 validated = self.step % settings.validate_every == 0 or last
                 self.seconds = time.monotonic() - began
+                saved = validated or interrupted() or self.step % settings.checkpoint_every == 0
+                if saved:
+                    self._check_losses()
                 if validated:
                     self._write_board(board, self._record(terms))
-                if validated or interrupted() or self.step % settings.checkpoint_every == 0:
+                if saved:
                     self.run.save_checkpoint("last", self.state())
                 if interrupted():
                     raise KeyboardInterrupt(f"stopped after step {self.step}; started again, the run continues there")
@@ -123,7 +132,8 @@ class Trainer:
         """Draw one batch, take one step of Adam and return the loss terms, detached."""
         settings, detector = self.settings, self.detector
         detector.train()
-        chosen = torch.randint(len(self.images), (settings.batch_size,), generator=self.generator).to(self.device)
+        drawn = torch.randint(len(self.images), (settings.batch_size,), generator=self.generator)
+        chosen = drawn.to(self.device)
         images = to_float(self.images[chosen])
         augmented = augment_colour(images, self.generator)
         natural = self.natural.sample(
@@ -143,6 +153,9 @@ class Trainer:
                 teacher_features=cached,
             )
             total = self.weighted(terms)
+        bad = (self.first_bad < 0) & ~total.detach().isfinite()
+        self.first_bad = torch.where(bad, len(self.drawn), self.first_bad)  # without waiting for the device
+        self.drawn.append(drawn)
         factor = step_factor(self.step, settings.steps, settings.schedule)
         for group in self.optimiser.param_groups:
             group["lr"] = settings.learning_rate * factor
@@ -151,6 +164,31 @@ class Trainer:
         self.scaler.step(self.optimiser)
         self.scaler.update()
         return Losses(*(term.detach() for term in terms))
+
+    def _check_losses(self) -> None:
+        """Raise `RunError` if a loss was not finite since this was last asked: such a state is never saved."""
+        if (first := int(self.first_bad)) >= 0:
+            step = self.step - len(self.drawn) + first + 1
+            images = ", ".join(str(self.names[k]) if self.names else f"image {k}" for k in self.drawn[first].tolist())
+            raise RunError(self._not_finite(f"at step {step}, on {images}"))
+        self.drawn.clear()
+
+    def _not_finite(self, where: str) -> str:
+        return (
+            f"{self.run.folder}: a loss is not finite {where}. The last checkpoint is from before; lower "
+            f"learning_rate (now {self.settings.learning_rate:g}) or use precision float32 in a new run folder."
+        )
+
+    @torch.inference_mode()
+    def dead_share(self) -> float:
+        """Return the share of the student's last hidden channels that are zero on all of the validation images.
+
+        A ReLU that is zero everywhere has no gradient and never comes back; a student of which all are has died.
+        """
+        alive = torch.zeros(self.detector.student.head.in_channels, dtype=torch.bool, device=self.device)
+        for batch in self.validation[:VALIDATION_IMAGES].split(8):
+            alive |= (self.detector.student.trunk(self.detector.normalise(to_float(batch))) > 0).any(dim=(0, 2, 3))
+        return 1 - alive.float().mean().item()
 
     def weighted(self, terms: Losses) -> Tensor:
         """Return the total loss: the terms times their weights."""
@@ -190,10 +228,7 @@ class Trainer:
         row |= {"validation_student_autoencoder": student_autoencoder}
         row["validation"] = hard + autoencoder + student_autoencoder
         if not all(math.isfinite(value) for value in row.values()):
-            raise RunError(
-                f"{self.run.folder}: a loss is not finite at step {self.step}: {row}. The last checkpoint is from "
-                f"before; lower learning_rate or use precision float32 in a new run folder."
-            )
+            raise RunError(self._not_finite(f"at step {self.step}: {row}"))
         self.history.append(row)
         write_text(self.run.folder / "history.csv", pd.DataFrame(self.history).to_csv(index=False))
         self._keep(row["validation"])
