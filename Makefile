@@ -20,8 +20,9 @@ run: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=900
 
+# A picture that is uploaded comes in one message.
 lab: $(INSTALLED)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks --ServerApp.tornado_settings='{"websocket_max_message_size": 268435456}'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

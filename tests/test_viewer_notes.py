@@ -196,3 +196,19 @@ def test_a_view_is_saved_as_png_beside_the_notes(run):
     (run / "file").write_text("")
     with pytest.raises(RunError, match="cannot write"):
         viewer.save(run / "file" / "view.png")
+
+
+def test_two_people_change_one_note_and_neither_loses(tmp_path):
+    one, other = Notes(tmp_path / "notes.csv"), Notes(tmp_path / "notes.csv")
+    one.change("a.png", note="a long text")
+    assert other.change("a.png", verdict="defective") == Note("defective", "a long text")
+    assert Notes(one.path)["a.png"] == ("defective", "a long text")
+    assert other.change("a.png", note="") == ("defective", "")
+
+
+def test_a_verdict_leaves_the_text_that_another_viewer_wrote_and_shows_it(run):
+    viewer, other = open_viewer(of_run(run)), open_viewer(of_run(run))
+    other.controls["note"].value = "a long text"
+    viewer.controls["verdict"].value = "defective"
+    assert viewer.controls["note"].value == "a long text"
+    assert Notes(run / "notes.csv")[viewer.findings.names[viewer.state.index]] == ("defective", "a long text")

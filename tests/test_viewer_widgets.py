@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from effad_lib import metrics
-from effad_lib.viewer import State, of_images, of_run, open_viewer, view_images, view_run
+from effad_lib.viewer import State, of_images, of_maps, of_run, open_viewer, view_images, view_run
 from effad_lib.viewer.controls import steps_from_start
 from effad_lib.viewer.findings import scan
-from effad_lib.viewer.speed import redraw_times
+from effad_lib.viewer.speed import redraw_times, write_example
 from effad_lib.viewer.state import ALL, PANELS, listed, region
 
 OUTCOMES = ["right", "miss", "right", "right", "false alarm", "right"]
@@ -60,8 +60,13 @@ def redrawn(viewer, act):
     return {name for name, value in drawn(viewer).items() if value != before[name]}
 
 
+def size_of(value):
+    """The width and height of an encoded picture."""
+    return Image.open(io.BytesIO(value)).size
+
+
 def size(viewer, name="image"):
-    return Image.open(io.BytesIO(viewer._shell.images[name].value)).size
+    return size_of(viewer._shell.images[name].value)
 
 
 def text(viewer, name):
@@ -110,9 +115,9 @@ def test_a_control_changes_the_state_and_draws_only_what_depends_on_it(viewer, c
     viewer.state = State(threshold=0.05, pixel_threshold=0.02)
     before = viewer.state
     assert redrawn(viewer, lambda: setattr(viewer.controls[control], "value", value)) == panels
-    fields = {"row": "point", "column": "point", "list": "index"}
+    fields = {"row": {"point"}, "column": {"point"}, "list": {"index"}, "zoom": {"zoom", "point"}, "panel_width": set()}
     changed = {name for name in before.__dict__ if getattr(before, name) != getattr(viewer.state, name)}
-    assert changed == (set() if control == "panel_width" else {fields.get(control, control)})
+    assert changed == fields.get(control, {control})
     if control in before.__dict__:
         assert getattr(viewer.state, control) == value
     viewer.state = State(threshold=0.05, pixel_threshold=0.02)
@@ -237,7 +242,10 @@ def test_thumbnails_show_the_page_of_the_list_and_select(own_model, folder):
     assert f"/{order[3]:02d}.png" in shell.picks[3].tooltip and "called" in shell.picks[3].tooltip
     viewer.show(order[9])
     assert [pick.layout.visibility for pick in shell.picks] == ["visible"] * 2 + ["hidden"] * 6
-    assert order[9] == 3 and shell.thumbs[1].value == b""  # the last of all is the broken one, which has no score
+    assert order[9] == 3 and size_of(shell.thumbs[1].value) == (
+        1,
+        1,
+    )  # the last is the broken one: no score
     shell.picks[0].click()
     assert viewer.state.index == order[8]
 
@@ -252,7 +260,11 @@ def broken(viewer, tmp_path):
 
 
 def test_an_image_that_cannot_be_read_says_so_and_the_next_one_is_shown(broken):
-    assert "gone.png: cannot be read as an image" in text(broken, "head") and set(drawn(broken).values()) == {b""}
+    assert "gone.png: cannot be read as an image" in text(broken, "head")
+    assert {size_of(value) for value in drawn(broken).values()} == {(1, 1)}
+    bar = text(broken, "bar")
+    broken.change(colours="viridis")
+    assert text(broken, "bar") != bar
     broken.show(2)
     assert "0.png · good" in text(broken, "head") and all(size(broken, name) == (384, 320) for name in PANELS)
     broken.show(1)
@@ -293,7 +305,7 @@ def test_one_picture_is_uploaded_scored_and_shown(viewer, picture, tmp_path):
     upload(viewer, "..\\..\\C:/etc/my <i>.PNG", content)
     assert viewer.state.index == 6 and viewer.findings.names[6] == "my <i>.PNG" and viewer.state.defect == ALL
     assert viewer.controls["list"].value == 6 and size(viewer) == (90 * 5, 70 * 5)
-    assert "ground truth: not known" in text(viewer, "head") and "my &lt;i&gt;.PNG: score" in text(viewer, "message")
+    assert "my &lt;i&gt;.PNG: score" in text(viewer, "message")
 
 
 @pytest.mark.parametrize("name", ["broken.png", "../../up.png", "a" * 300 + ".png", "x." + "p" * 300, "odd.svg", ""])
@@ -345,3 +357,78 @@ def test_measuring_how_fast_it_is_sends_no_more_for_more_moves(viewer, monkeypat
         sent.clear()
     assert counted[0] and counted[1] <= counted[0] + 5  # a few more of the parts may have changed
     assert (table["slowest"] >= table["median"]).all() and {"opacity", "another image"} <= set(table.index)
+
+
+def test_filters_that_leave_nothing_say_so_and_keep_the_image(viewer):
+    before = viewer.state.index
+    viewer.controls["defect"].value = "hole"
+    viewer.controls["outcome"].value = "false alarm"
+    assert viewer.controls["list"].options == () and "no image passes these filters" in text(viewer, "message")
+    assert viewer.findings.defects[viewer.state.index] == "hole" and viewer.state.index != before
+    viewer.controls["outcome"].value = ALL
+    assert "no image" not in text(viewer, "message")
+
+
+def test_what_was_said_of_one_image_is_not_said_of_the_next(viewer):
+    viewer.show(viewer.findings.defects.index("good"))
+    viewer.controls["to_defect"].click()
+    assert "no true defect" in text(viewer, "message")
+    viewer.controls["next"].click()
+    assert "no true defect" not in text(viewer, "message")
+
+
+def test_the_same_picture_can_be_uploaded_twice_and_each_has_its_note(viewer, picture, tmp_path):
+    content = picture(tmp_path / "mine.png").read_bytes()
+    for _ in range(2):
+        upload(viewer, "mine.png", content)
+        assert viewer.controls["upload"].value == ()
+    assert viewer.findings.names[-2:] == ["mine.png", "mine (2).png"]
+
+
+def test_each_threshold_is_called_by_its_name(viewer, run):
+    marks = lambda: viewer._shell.texts["bar"].value  # noqa: E731
+    assert text(viewer, "counts").startswith("stored threshold: ")
+    viewer.controls["best"].click()
+    assert text(viewer, "counts").startswith("F1-max (has seen the truth): ")
+    before = marks()
+    viewer.change(threshold=0.06)
+    assert text(viewer, "counts").startswith("chosen by hand: ") and marks() != before
+    viewer.change(threshold=None)
+    viewer.findings.threshold = None
+    viewer.change(threshold=0.1)
+    viewer.change(threshold=None)
+    assert text(viewer, "counts") == "no threshold, so nothing is decided"
+
+
+def test_captions_tell_the_map_and_whether_the_truth_is_known(viewer, picture, tmp_path):
+    captions = viewer._shell.captions
+    assert "combined map" in captions["heatmap"].value and captions["truth"].value == "<b>ground truth</b>"
+    viewer.controls["map"].value = "student_autoencoder"
+    assert "student–autoencoder map" in captions["heatmap"].value and "student–autoencoder map" in text(viewer, "bar")
+    viewer._upload(({"name": "mine.png", "content": picture(tmp_path / "mine.png").read_bytes()},))
+    assert "ground truth: not known" in captions["truth"].value
+
+
+def test_a_view_that_was_saved_is_not_replaced_by_the_next(viewer):
+    first = viewer.save()
+    viewer.change(colours="viridis")
+    second = viewer.save()
+    assert first != second and first.read_bytes() != second.read_bytes()
+
+
+def test_zoom_keeps_its_place_when_another_map_is_chosen(viewer):
+    viewer.controls["zoom"].value = 4
+    point = viewer.state.point
+    assert viewer.state.zoom == 4 and point is not None
+    viewer.controls["map"].value = "student_autoencoder"
+    assert viewer.state.point == point
+    viewer.controls["zoom"].value = 2
+    assert (viewer.state.point, viewer.state.zoom) == (point, 2)
+
+
+def test_maps_without_branches_are_not_ordered_by_them_and_what_has_no_score_has_a_dash(viewer, folder, own_model):
+    assert "branches disagree most" in viewer.controls["order"].options
+    maps = open_viewer(of_maps(*write_example(folder.parent / "example", (64, 64), 2)))
+    assert "branches disagree most" not in maps.controls["order"].options
+    mine = view_images(own_model, folder)
+    assert [label for label, _ in mine.controls["list"].options][-1] == "–  ?/03.png"

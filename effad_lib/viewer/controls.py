@@ -12,8 +12,20 @@ from effad_lib.images import SUFFIXES
 from effad_lib.viewer.drawings import choice_of_colours
 from effad_lib.viewer.findings import Findings
 from effad_lib.viewer.notes import VERDICTS
-from effad_lib.viewer.pages import CAPTIONS
-from effad_lib.viewer.state import ALL, COLOURS, ORDERS, OUTCOMES, OUTLINES, PANELS, SCALINGS, ZOOMS, State, score_range
+from effad_lib.viewer.pages import CAPTIONS, OUTLINE_LABELS
+from effad_lib.viewer.state import (
+    ALL,
+    BY_BRANCHES,
+    COLOURS,
+    ORDERS,
+    OUTCOMES,
+    OUTLINES,
+    PANELS,
+    SCALINGS,
+    ZOOMS,
+    State,
+    score_range,
+)
 
 STRIP = 8
 """Thumbnails in a row."""
@@ -33,8 +45,8 @@ ROW = {"flex_flow": "row wrap", "align_items": "center", "grid_gap": "4px 10px"}
 class Controls:
     """Every widget of a viewer: those that people act on, by name in `by_name`, and those that only show something.
 
-    `texts` and `images` are shown parts by name, `thumbs` and `picks` the row of thumbnails, `cells` the panels with
-    their captions; `widget` holds all of them in place. Nothing is wired.
+    `texts`, `images` and their `captions` are shown parts by name, `thumbs` and `picks` the row of thumbnails, `cells`
+    the panels with their captions; `widget` holds all of them in place. Nothing is wired.
     """
 
     def __init__(self, findings: Findings, panel_width: int) -> None:
@@ -45,14 +57,21 @@ class Controls:
             ),
             "note": w.Textarea(placeholder="a note, kept in notes.csv", layout=_wide()),
             "save": w.Button(description="save this view as PNG", layout=_small()),
-            "upload": w.FileUpload(accept=",".join(sorted(SUFFIXES)), description="look at a picture", layout=_small()),
+            "upload": w.FileUpload(
+                accept=",".join(sorted(SUFFIXES)),
+                description="look at a picture",
+                tooltip="up to 10 MB, or 256 MB under `make lab`; for larger ones there is viewer.view_images",
+                layout=_small(),
+            ),
         }
         names = ("head", "bar", "histogram", "counts", "point", "message", "noted")
         self.texts = {name: w.HTML() for name in names}
         self.images = {name: w.Image(format="jpeg", layout=w.Layout(width="100%", margin="0")) for name in PANELS}
-        self.thumbs = [w.Image(format="jpeg", layout=w.Layout(width="88px", height="88px")) for _ in range(STRIP)]
+        whole = {"width": "88px", "height": "88px", "object_fit": "contain"}
+        self.thumbs = [w.Image(format="jpeg", layout=w.Layout(**whole)) for _ in range(STRIP)]
         self.picks = [w.Button(layout=w.Layout(width="88px")) for _ in range(STRIP)]
-        self.cells = {name: w.VBox([w.HTML(f"<b>{CAPTIONS[name]}</b>"), image]) for name, image in self.images.items()}
+        self.captions = {name: w.HTML() for name in PANELS}
+        self.cells = {name: w.VBox([self.captions[name], image]) for name, image in self.images.items()}
         self._panels = w.GridBox(tuple(self.cells.values()), layout=w.Layout(grid_gap="4px 10px"))
         self.place_panels(PANELS)
         self._threshold = w.VBox()
@@ -105,7 +124,10 @@ class Controls:
         }
         tab = w.Tab([w.VBox(parts) for parts in tabs.values()], selected_index=0)
         tab.titles = tuple(tabs)
-        strip = w.HBox([w.VBox(pair) for pair in zip(self.thumbs, self.picks, strict=True)])
+        pairs = zip(self.thumbs, self.picks, strict=True)
+        strip = w.HBox(
+            [w.VBox(pair, layout=w.Layout(flex="0 0 auto")) for pair in pairs], layout=w.Layout(flex_flow="row wrap")
+        )
         main = [texts["head"], self._panels, texts["bar"], strip, tab, texts["message"]]
         find = [
             c["order"],
@@ -159,9 +181,10 @@ def _named(name: str) -> dict[str, Any]:
 
 
 def _find(findings: Findings) -> dict[str, w.Widget]:
+    orders = [order for order in ORDERS if findings.has_branches or order != BY_BRANCHES]
     half = w.Layout(width="49%")
     return {
-        "order": w.Dropdown(options=ORDERS, description="order", layout=_wide()),
+        "order": w.Dropdown(options=orders, description="order", layout=_wide()),
         "defect": w.Dropdown(options=kinds_of(findings), description="defect", layout=_wide()),
         "outcome": w.Dropdown(options=(ALL, *OUTCOMES), description="outcome", layout=_wide()),
         "list": List(rows=24, layout=_wide()),
@@ -185,7 +208,9 @@ def _look(findings: Findings, panel_width: int) -> dict[str, w.Widget]:
         ),
         **{f"panel_{name}": w.ToggleButton(True, description=CAPTIONS[name], layout=_small()) for name in PANELS},
         **{
-            f"outline_{name}": w.Checkbox(True, description=f"outline {name}", indent=False, layout=_small())
+            f"outline_{name}": w.Checkbox(
+                True, description=f"outline {OUTLINE_LABELS[name]}", indent=False, layout=_small()
+            )
             for name in OUTLINES
         },
         "opacity": w.FloatSlider(State().opacity, min=0, max=1, step=0.05, description="opacity"),

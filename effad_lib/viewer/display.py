@@ -7,16 +7,24 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from effad_lib.images import ImageError
+from effad_lib.plots import Scale
 from effad_lib.viewer import pages
 from effad_lib.viewer.controls import STRIP, Controls, kinds_of
-from effad_lib.viewer.drawings import branch_bar, colour_bar, histogram
+from effad_lib.viewer.drawings import BRANCH_COLOURS, branch_bar, colour_bar, histogram
 from effad_lib.viewer.findings import Findings, Picture
 from effad_lib.viewer.notes import Notes
 from effad_lib.viewer.rendering import Layers, encoded, panel, shares, thumbnail, values_at
-from effad_lib.viewer.state import ALL, OUTLINES, PANELS, State, listed, outcomes, score_range
+from effad_lib.viewer.state import ALL, OUTLINES, PANELS, State, best_threshold, listed, outcomes, score_range
 
 OUTCOME_STYLES = {"right": "success", "miss": "danger", "false alarm": "warning"}
+
+
+NOTHING = encoded(Image.new("RGB", (1, 1), "#808080"))
+"""In the place of a picture that cannot be read."""
 
 
 class Display:
@@ -98,9 +106,8 @@ class Display:
         by_threshold = state.outcome != ALL or state.order == "closest to the threshold"
         if self._changed("list", state.order, state.defect, state.outcome, by_threshold and state.threshold):
             self.order = listed(found, state).tolist()
-            lines = [
-                f"{found.scores[k]:8.3f}  {found.defects[k] or '?'}/{Path(found.names[k]).name}" for k in self.order
-            ]
+            files = {k: f"{found.defects[k] or '?'}/{Path(found.names[k]).name}" for k in self.order}
+            lines = [f"{_written(found.scores[k])}  {file}" for k, file in files.items()]
             c["list"].options = list(zip(lines, self.order, strict=True))
         listed_here = state.index in self.order
         c["list"].value = state.index if listed_here else None
@@ -112,9 +119,13 @@ class Display:
         found, texts = self.findings, self.controls.texts
         if self._changed("decision", state.threshold):
             texts["histogram"].value = histogram(found, state.threshold)
-            what = "stored threshold" if state.threshold == found.threshold else "chosen by hand"
-            rule = f"<small>{html.escape(found.rule)}</small>" if state.threshold == found.threshold else ""
-            texts["counts"].value = f"{what}: {pages.summary(found, state.threshold)}{rule}"
+            what, rule = "chosen by hand: ", ""
+            if state.threshold == found.threshold:
+                what = "" if state.threshold is None else "stored threshold: "
+                rule = f"<small>{html.escape(found.rule)}</small>" if found.rule else ""
+            elif state.threshold == best_threshold(found):
+                what = "F1-max (has seen the truth): "
+            texts["counts"].value = what + pages.summary(found, state.threshold) + rule
 
     def _draw_note(self, state: State) -> None:
         c = self.controls.by_name
@@ -137,8 +148,10 @@ class Display:
         except (ImageError, OSError) as error:
             texts["head"].value = f"<b style='color:#c00'>{html.escape(str(error))}</b>"
             for image in images.values():
-                image.value = b""
+                image.value = NOTHING
             self._drawn.clear()
+            if state.scaling == "run":
+                texts["bar"].value = self._bar(state, found.scale)
             return
         layers = self._layers(state)
         place = (state.index, state.point, state.zoom, layers.point)
@@ -153,23 +166,30 @@ class Display:
         for name in state.panels:
             if self._changed(name, *needs[name]):
                 images[name].value = encoded(panel(name, layers, state, found.scale))
-        if self._changed("bar", heat, state.pixel_threshold, state.scaling == "image" and state.index):
-            caption, scale = "anomaly score, one scale for all images", layers.scale(state, found.scale)
-            if state.scaling == "image":
-                caption = "STRETCHED to this image's own range: its colours cannot be compared with another image's"
-            texts["bar"].value = colour_bar(state.colours, scale, pages.marks(found, state), caption)
+        if self._changed("bar", heat, state.threshold, state.pixel_threshold, state.scaling == "image" and state.index):
+            texts["bar"].value = self._bar(state, layers.scale(state, found.scale))
+        for name, caption in pages.captions(picture, state).items():
+            self.controls.captions[name].value = f"<b>{caption}</b>"
         if self._changed("head", state.index, state.threshold):
             texts["head"].value = self._head(picture, state)
         if self._changed("point", place):
             self._draw_point(picture, layers)
 
+    def _bar(self, state: State, scale: Scale) -> str:
+        caption = f"{state.map.replace('_', '–')} map, one scale for all images"
+        if state.scaling == "image":
+            caption = "STRETCHED to this image's own range: its colours cannot be compared with another image's"
+        return colour_bar(state.colours, scale, pages.marks(self.findings, state), caption)
+
     def _head(self, picture: Picture, state: State) -> str:
         """The heading of the image shown: what it is, what was decided, what each branch adds to its score."""
         (row, column), parts = shares(picture)
-        text = " ".join(f"{value:+.3f} {name.replace('_', '–')}" for name, value in parts.items()).removeprefix("+")
+        text = " ".join(
+            f"{value:+.3g} <span style='color:{colour}'>■</span> {name.replace('_', '–')}"
+            for (name, value), colour in zip(parts.items(), BRANCH_COLOURS, strict=False)
+        ).removeprefix("+")
         branches = f"score = {text} {branch_bar(parts)} at x {column}, y {row}" if parts else ""
-        truth = "" if picture.truth is not None else "<br>ground truth: not known"
-        return f"<b>{html.escape(pages.heading(self.findings, state))}</b><br>{branches}{truth}"
+        return f"<b>{html.escape(pages.heading(self.findings, state))}</b><br>{branches}"
 
     def _draw_point(self, picture: Picture, layers: Layers) -> None:
         (height, width), (row, column) = picture.image.shape[:2], layers.point
@@ -191,13 +211,18 @@ class Display:
         if self._changed("picks", page, state.index, state.threshold):
             became = outcomes(self.findings, state.threshold)
             for index, pick in zip(page, picks, strict=False):
-                pick.description = f"{self.findings.scores[index]:.3g}" + (" ◀" if index == state.index else "")
+                pick.description = _written(self.findings.scores[index], 3) + (" ◀" if index == state.index else "")
                 pick.tooltip = f"{self.findings.names[index]}: {became[index]}"
                 pick.button_style = OUTCOME_STYLES.get(str(became[index]), "")
 
     def _small(self, index: int, colours: str) -> bytes:
-        """The thumbnail of an image; nothing if it cannot be read, as its own view then says."""
-        try:
-            return thumbnail(self.picture(index), State(colours=colours), self.findings.scale)
+        """The thumbnail of an image; grey if it cannot be read, as its own view then says."""
+        try:  # past the cache, which has room for the pictures that are shown
+            return thumbnail(self.findings.picture(index), State(colours=colours), self.findings.scale)
         except (ImageError, OSError):
-            return b""
+            return NOTHING
+
+
+def _written(score: float, digits: int = 4) -> str:
+    """Return a score as text; "–" for what is not scored."""
+    return "–" if np.isnan(score) else f"{score:.{digits}g}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from effad_lib.plots import DEFECTIVE, GOOD, Scale
 from effad_lib.viewer.findings import UNKNOWN, Findings
@@ -19,6 +19,9 @@ BINS = 48
 
 TEXT = "var(--jp-ui-font-color1, #222)"
 """JupyterLab's colour of text, dark or light as its theme is."""
+
+BRANCH_COLOURS = ("#4477aa", "#ccbb44")
+"""Of student–teacher and student–autoencoder."""
 
 LABELS = {0: ("good", to_hex(GOOD)), 1: ("defective", to_hex(DEFECTIVE)), UNKNOWN: ("not known", "#888888")}
 
@@ -38,9 +41,8 @@ def colour_bar(colours: str, scale: Scale, marks: Mapping[str, float], caption: 
         f'<defs><linearGradient id="{name}">{stops}</linearGradient></defs>',
         f'<rect x="{left}" y="{top}" width="{right - left}" height="14" fill="url(#{name})"/>',
     ]
-    for value in MaxNLocator(6).tick_values(low, high):
-        if low <= value <= high:
-            parts.append(_text(x(value), top + 27, f"{value:.3g}"))
+    for value, text in _ticks(low, high):
+        parts.append(_text(x(value), top + 27, text))
     ends = [-np.inf, -np.inf]  # of what is written in either line above the bar
     for label, value in sorted(marks.items(), key=lambda mark: mark[1]):
         if low <= value <= high:
@@ -57,7 +59,8 @@ def colour_bar(colours: str, scale: Scale, marks: Mapping[str, float], caption: 
 def histogram(findings: Findings, threshold: float | None, *, width: int = 560, height: int = 150) -> str:
     """Return the scores of good, defective and unknown images as stacked bars, with a line at the threshold.
 
-    Beside each colour its name and its number of images. The axis is logarithmic where `score_range` says so.
+    Where it is not the stored one, that has a thin line of its own. Beside each colour its name and its number of
+    images. The axis is logarithmic where `score_range` says so.
     """
     scores = findings.scores
     known = np.isfinite(scores)
@@ -81,11 +84,14 @@ def histogram(findings: Findings, threshold: float | None, *, width: int = 560, 
             )
             parts.append(f'<rect {size} fill="{LABELS[label][1]}"/>')
     parts += [_line(left, bottom, bottom, right), _text(left - 4, top + 8, str(highest), "end")]
-    ticks = np.geomspace(bins[0], bins[-1], 6) if log else MaxNLocator(6).tick_values(bins[0], bins[-1])
-    for value in ticks:
-        if bins[0] <= value <= bins[-1]:
-            place = np.interp(np.log(value) if log else value, places, edges)
-            parts.append(_text(place, bottom + 14, f"{value:.2g}"))
+    ratios = [(value, f"{value:.2g}") for value in np.geomspace(low, high, 6)] if log else _ticks(low, high)
+
+    def x(value: float) -> float:
+        inside = float(np.clip(value, bins[0], bins[-1]))
+        return float(np.interp(np.log(inside) if log else inside, places, edges))
+
+    for value, text in ratios:
+        parts.append(_text(x(value), bottom + 14, text))
     start = left
     for label, (name, colour) in LABELS.items():
         if count := int(tables[label].sum()):
@@ -93,9 +99,13 @@ def histogram(findings: Findings, threshold: float | None, *, width: int = 560, 
             text = f"{name} ({count})"
             parts.append(_text(start + 14, 13, text, "start"))
             start += 14 + 7 * len(text) + 16
+    if findings.threshold not in (None, threshold):
+        parts += [
+            _line(x(findings.threshold), top + 12, bottom, width=0.7),
+            _text(x(findings.threshold), top + 9, "stored"),
+        ]
     if threshold is not None:
-        inside = float(np.clip(threshold, bins[0], bins[-1]))
-        place = np.interp(np.log(inside) if log else inside, places, edges)
+        place = x(threshold)
         parts.append(_line(place, top - 4, bottom, dashed=True))
         side = "end" if place > (left + right) / 2 else "start"
         parts.append(_text(place + (-4 if side == "end" else 4), top + 4, f"threshold {threshold:.4g}", side))
@@ -107,7 +117,7 @@ def branch_bar(parts: Mapping[str, float], width: int = 220) -> str:
     if not parts or min(parts.values()) < 0 or sum(parts.values()) <= 0:
         return ""
     total, start, drawn = sum(parts.values()), 0.0, []
-    for part, colour in zip(parts.values(), ("#4477aa", "#ccbb44"), strict=True):
+    for part, colour in zip(parts.values(), BRANCH_COLOURS, strict=True):
         drawn.append(f'<rect x="{start:.1f}" y="0" width="{width * part / total:.1f}" height="10" fill="{colour}"/>')
         start += width * part / total
     return _svg(width, 10, drawn)
@@ -116,6 +126,16 @@ def branch_bar(parts: Mapping[str, float], width: int = 220) -> str:
 def choice_of_colours(colours: str) -> str:
     """Return the name of a colour map as the choice is labelled: those that are not perceptual say so."""
     return colours if colours in COLOURS[:4] else f"{colours} (not perceptual)"
+
+
+def _ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Return round values of a range, each with as many digits as tell it from its neighbours."""
+    values = [value for value in MaxNLocator(6).tick_values(low, high) if low <= value <= high]
+    written = ScalarFormatter(useOffset=False)
+    written.set_scientific(False)
+    written.create_dummy_axis()
+    written.axis.set_view_interval(low, high)
+    return list(zip(values, written.format_ticks(values), strict=True))
 
 
 def _svg(width: float, height: float, parts: list[str]) -> str:
@@ -129,7 +149,7 @@ def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
     return f'<text {where} style="fill:{TEXT}">{html.escape(text)}</text>'
 
 
-def _line(x: float, y: float, to: float, end: float | None = None, *, dashed: bool = False) -> str:
+def _line(x: float, y: float, to: float, end: float | None = None, *, dashed: bool = False, width: float = 1.4) -> str:
     dashes = "stroke-dasharray:4 3;" if dashed else ""
     points = f'x1="{x:.1f}" y1="{y:.1f}" x2="{x if end is None else end:.1f}" y2="{to:.1f}"'
-    return f'<line {points} style="stroke:{TEXT};{dashes}stroke-width:1.4"/>'
+    return f'<line {points} style="stroke:{TEXT};{dashes}stroke-width:{width}"/>'

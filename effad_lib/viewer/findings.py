@@ -131,13 +131,17 @@ class Findings:
             self.errors[index] = str(error)
 
     def add(self, path: Path, name: str) -> int:
-        """Score a further image, of which nothing is known, and return its index. Raises `ImageError`, `RunError`."""
+        """Score a further image, of which nothing is known, and return its index. Raises `ImageError`, `RunError`.
+
+        A second one of the same name gets a number, so that each has a note of its own.
+        """
         if self.detector is None:
             raise RunError("only maps are at hand here, no model that could score another image.")
         maps = scan(self.detector, path)
         index = len(self)
         self.samples.append(Sample(path, None, UNKNOWN, ""))
-        self.names.append(name)
+        same = (f"{Path(name).stem} ({k}){Path(name).suffix}" for k in range(2, index + 3))
+        self.names.append(name if name not in self.names else next(new for new in same if new not in self.names))
         self.labels = np.append(self.labels, UNKNOWN)
         self.scores = np.append(self.scores, np.nan)
         self.branches = np.append(self.branches, [[np.nan, np.nan]], axis=0)

@@ -41,6 +41,12 @@ class Notes:
         row = self._rows.get(name, {})
         return Note(row.get("verdict", ""), row.get("note", ""))
 
+    def change(self, name: str, **parts: str) -> Note:
+        """Change the verdict or the note of an image, leave the other as the file has it now, and return both."""
+        row = self._read().get(name, {})
+        self[name] = Note(**{part: parts.get(part, row.get(part, "")) for part in Note._fields})
+        return self[name]
+
     def __setitem__(self, name: str, note: Note) -> None:
         _check_verdict(note.verdict, "verdict")
         if len(note.note) > LONGEST:

@@ -14,9 +14,9 @@ from matplotlib.colors import Normalize
 from PIL import Image
 
 from effad_lib.images import ImageError
-from effad_lib.plots import BARE, OUTLINE, PREDICTED, WIDTH
+from effad_lib.plots import BARE, WIDTH
 from effad_lib.progress import progress
-from effad_lib.runs import write_bytes, write_text
+from effad_lib.runs import RunError, write_bytes, write_text
 from effad_lib.viewer.drawings import colour_bar, histogram
 from effad_lib.viewer.findings import Findings, Picture
 from effad_lib.viewer.rendering import Layers, encoded, panel
@@ -24,13 +24,24 @@ from effad_lib.viewer.state import State, counts, listed, outcomes
 
 CAPTIONS = {"image": "image", "overlay": "overlay", "heatmap": "anomaly map", "truth": "ground truth"}
 
+OUTLINE_LABELS = {"truth": "truth (cyan)", "marked": "marked by the combined map (white)"}
+
+GENERATOR = '<meta name="generator" content="effad gallery">'
+"""Tells a gallery of ours from the page of somebody else."""
+
 
 def marks(findings: Findings, state: State) -> dict[str, float]:
-    """Return the named places of the colour scale: the model's quantiles, its threshold and that of the pixels."""
+    """Return the named places of the colour scale: the model's quantiles, the thresholds of image and pixels."""
     places = {"q_a": 0.0, "q_b": 0.1} if findings.detector else {}
-    if findings.threshold is not None:
-        places["threshold"] = findings.threshold
+    if state.threshold is not None:
+        places["threshold"] = state.threshold
     return places if state.pixel_threshold is None else places | {"marked": state.pixel_threshold}
+
+
+def captions(picture: Picture, state: State) -> dict[str, str]:
+    """Return what stands above each panel: which map it is, and whether the truth is known."""
+    truth = CAPTIONS["truth"] + (": not known" if picture.truth is None else "")
+    return CAPTIONS | {"heatmap": f"{state.map.replace('_', '–')} map", "truth": truth}
 
 
 def heading(findings: Findings, state: State) -> str:
@@ -44,23 +55,29 @@ def heading(findings: Findings, state: State) -> str:
 def print_png(findings: Findings, picture: Picture, state: State, *, dpi: int = 300) -> bytes:
     """Return the panels of a state with heading and colour bar as PNG for print, 9 inches wide."""
     layers = Layers(picture, state, longest=2048, shortest=1024)
-    scale, (height, width) = layers.scale(state, findings.scale), layers.size
+    scale, (height, width), titles = layers.scale(state, findings.scale), layers.size, captions(picture, state)
     panels = state.panels or ("image",)
     size = (WIDTH, min(WIDTH / len(panels) * height / width + 1.3, 2 * WIDTH))
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, subplot_kw=BARE, layout="constrained")
     try:
         for ax, name in zip(axes[0], panels, strict=True):
             ax.imshow(np.asarray(panel(name, layers, state, findings.scale)))
-            ax.set_title(CAPTIONS[name], fontsize=9)
+            ax.set_title(titles[name], fontsize=9)
         drawn = ScalarMappable(Normalize(*scale), matplotlib.colormaps[state.colours])
         label = f"{state.map.replace('_', '–')} map" + (", stretched to this image" if state.scaling == "image" else "")
         bar = figure.colorbar(
             drawn, ax=axes, orientation="horizontal", label=label, extend="both", fraction=0.05, aspect=60
         )
-        for value, colour in ((findings.threshold, OUTLINE), (state.pixel_threshold, PREDICTED)):
-            if value is not None and scale[0] <= value <= scale[1]:
-                bar.ax.axvline(value, color=colour, linewidth=1.5)
-        figure.suptitle(heading(findings, state).replace("$", r"\$"), fontsize=10)
+        named = sorted((value, name) for name, value in marks(findings, state).items() if scale[0] <= value <= scale[1])
+        for k, (value, name) in enumerate(named):
+            bar.ax.axvline(value, color="black", linewidth=2.5)
+            bar.ax.axvline(value, color="white", linewidth=1)
+            place = {"xytext": (0, 3 + 8 * (k % 2)), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+            bar.ax.annotate(name, (value, 1), xycoords=bar.ax.get_xaxis_transform(), **place)
+        decided = "" if state.threshold is None else f" at threshold {state.threshold:.4g}"
+        figure.suptitle((heading(findings, state) + decided).replace("$", r"\$"), fontsize=10)
+        if legend := ", ".join(OUTLINE_LABELS[name] for name in state.outlines):
+            figure.supxlabel(f"outlines: {legend}", fontsize=7)
         packed = io.BytesIO()
         figure.savefig(packed, format="png", dpi=dpi)
     finally:
@@ -73,17 +90,18 @@ def write_gallery(findings: Findings, folder: str | Path) -> Path:
 
     Each picture is the image beside its overlay, with the outlines of the truth and of what is marked, all on the one
     scale of the run, ordered by score. The page filters by outcome and type of defect; it loads nothing but the
-    pictures beside it. Those of an earlier gallery in the folder are replaced. Raises `RunError` if it cannot be
-    written.
+    pictures beside it. An earlier gallery in the folder is replaced. Raises `RunError` if the folder holds anything
+    else, or cannot be written.
     """
     folder = Path(folder)
+    _claim(folder)
     state = State(threshold=findings.threshold, pixel_threshold=findings.pixel_threshold)
     cards, written, outcome = [], set(), outcomes(findings, findings.threshold)
     order = [index for index in listed(findings, state).tolist() if np.isfinite(findings.scores[index])]
     for number, index in enumerate(progress(order, desc="gallery", unit="image")):
         file = f"{number:05d}.jpg"
         try:
-            layers = Layers(findings.picture(index), state, longest=384)
+            layers = Layers(findings.picture(index), state, longest=384, shortest=192)
         except ImageError as error:
             cards.append(f'<figure><figcaption class="lost">{html.escape(str(error))}</figcaption></figure>')
             continue
@@ -93,7 +111,7 @@ def write_gallery(findings: Findings, folder: str | Path) -> Path:
         defect = findings.defects[index] or "not known"
         name = html.escape(findings.names[index])
         data = f'data-defect="{html.escape(defect)}" data-outcome="{outcome[index]}"'
-        text = f"<b>{findings.scores[index]:.3f}</b> {html.escape(defect)}, {outcome[index] or 'not decided'}<br>{name}"
+        text = f"<b>{findings.scores[index]:.4g}</b> {html.escape(defect)}, {outcome[index] or 'not decided'}<br>{name}"
         size = f'width="{2 * layers.size[1]}" height="{layers.size[0]}"'
         cards.append(
             f'<figure {data}><a href="{file}"><img loading="lazy" {size} src="{file}" alt="{name}"></a>'
@@ -111,11 +129,22 @@ def write_gallery(findings: Findings, folder: str | Path) -> Path:
     )
     title = html.escape(f"{findings.title}: {len(order)} images")
     body = f"<h1>{title}</h1><p>{summary(findings, findings.threshold)}</p>"
-    body += f"<div>{histogram(findings, findings.threshold)}</div><div>{bar}</div><p>{filters}</p>"
-    page = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>{body}'
+    body += f"<div>{histogram(findings, findings.threshold)}</div><div>{bar}</div>"
+    body += f"<p>Outlines: {', '.join(OUTLINE_LABELS.values())}.</p><p>{filters}<span id='shown'></span></p>"
+    page = f'<!doctype html><meta charset="utf-8">{GENERATOR}<title>{title}</title><style>{STYLE}</style>{body}'
     for stale in set(folder.glob("[0-9]" * 5 + ".jpg")) - written:
         stale.unlink()
     return write_text(folder / "index.html", f"{page}<main>{''.join(cards)}</main><script>{SCRIPT}</script>\n")
+
+
+def _claim(folder: Path) -> None:
+    """Raise `RunError` if a folder holds what is no gallery; else mark it as one, before any picture is in it."""
+    page = folder / "index.html"
+    ours = page.is_file() and GENERATOR in page.read_text(encoding="utf-8", errors="replace")[:1000]
+    if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} holds other files, and a gallery replaces what is there. Name a new folder for it.")
+    if not ours:
+        write_text(page, f"<!doctype html>{GENERATOR}This gallery was not finished.\n")
 
 
 def summary(findings: Findings, threshold: float | None) -> str:
@@ -146,8 +175,14 @@ STYLE = (
 
 SCRIPT = """
 const choices = ["outcome", "defect"].map(name => document.getElementById(name));
-const show = () => document.querySelectorAll("figure").forEach(figure => {
-  figure.hidden = choices.some(choice => choice.value && figure.dataset[choice.id] !== choice.value);
-});
+const figures = [...document.querySelectorAll("figure")];
+const show = () => {
+  figures.forEach(figure => {
+    figure.hidden = choices.some(choice => choice.value && figure.dataset[choice.id] !== choice.value);
+  });
+  const count = figures.filter(figure => !figure.hidden).length;
+  document.getElementById("shown").textContent = `${count} of ${figures.length} images`;
+};
 choices.forEach(choice => choice.addEventListener("change", show));
+show();
 """

@@ -22,6 +22,8 @@ from effad_lib.viewer.state import State, region
 LONGEST, SHORTEST = 1024, 384
 """Of the longer side of a drawn panel in pixels: larger parts of an image are shrunk, smaller ones enlarged."""
 
+SHADOW = "#202020"
+
 CROSS = "#ff3df2"
 """Of the cross at the point: a colour that neither colour maps nor outlines have."""
 
@@ -33,9 +35,13 @@ def hottest(heat: np.ndarray, size: Size) -> tuple[int, int]:
 
 
 def values_at(picture: Picture, point: tuple[int, int]) -> dict[str, float]:
-    """Return the value of each map at a pixel of the image, interpolated as the map is drawn."""
+    """Return the value of each map in the cell that a pixel of the image lies in: at the hottest one, the score."""
     size = picture.image.shape[:2]
-    return {name: float(_resample(heat, size, (*point, 1, 1), (1, 1))[0, 0]) for name, heat in picture.maps.items()}
+
+    def cell(heat: np.ndarray) -> tuple[int, ...]:
+        return tuple(int((k + 0.5) * have / side) for k, have, side in zip(point, heat.shape, size, strict=True))
+
+    return {name: float(heat[cell(heat)]) for name, heat in picture.maps.items()}
 
 
 def shares(picture: Picture) -> tuple[tuple[int, int], Mapping[str, float]]:
@@ -77,8 +83,11 @@ class Layers:
         if self.picture.truth is None:
             return None
         top, left, height, width = self.region
-        part = Image.fromarray(self.picture.truth[top : top + height, left : left + width])
-        return np.asarray(part.resize(self.size[::-1], Image.Resampling.NEAREST))
+        part = Image.fromarray(self.picture.truth[top : top + height, left : left + width] * np.uint8(255))
+        larger = self.size[0] >= height  # a defect thinner than a pixel of the panel is not lost
+        return (
+            np.asarray(part.resize(self.size[::-1], Image.Resampling.NEAREST if larger else Image.Resampling.BOX)) > 0
+        )
 
     @cached_property
     def truth_outline(self) -> Image.Image | None:
@@ -129,7 +138,9 @@ def panel(name: str, layers: Layers, state: State, scale: Scale) -> Image.Image:
     if "truth" in state.outlines and layers.truth_outline:
         drawn.paste(OUTLINE, mask=layers.truth_outline)
     if "marked" in state.outlines and state.pixel_threshold is not None and name != "truth":
-        drawn.paste(PREDICTED, mask=layers.marked_outline(state.pixel_threshold))
+        marked = layers.marked_outline(state.pixel_threshold)
+        drawn.paste(SHADOW, (1, 1), mask=marked)  # white on white is seen by its shadow
+        drawn.paste(PREDICTED, mask=marked)
     if state.point is not None:
         _cross(drawn, layers)
     return drawn
@@ -167,7 +178,7 @@ def _table(colours: str) -> bytes:
 
 
 def _truth(layers: Layers) -> Image.Image:
-    if layers.truth is None or not layers.truth.any():
+    if layers.truth is None or not layers.picture.truth.any():
         return layers.image.copy()
     darker = layers.image.point([k // 3 for k in range(256)] * 3)
     return Image.composite(layers.image, darker, Image.fromarray(layers.truth * np.uint8(255)))

@@ -18,23 +18,24 @@ from effad_lib.images import Size
 from effad_lib.viewer.widgets import Viewer
 
 
-def write_example(folder: str | Path, size: Size, count: int) -> tuple[Path, Path]:
-    """Write `count` maps and images of one random texture, for measuring; return both folders, as `of_maps` takes them.
+def write_example(folder: str | Path, size: Size, count: int) -> tuple[Path, Path, Path]:
+    """Write `count` maps, images and masks of one random texture, for measuring; return the folders as `of_maps` takes.
 
-    All images are the same file by other names, and so are the maps, float32 of the images' size.
+    All images are the same file by other names, and so are the maps, float32 of the images' size, and the masks.
     """
-    images, maps = Path(folder) / "images", Path(folder) / "maps"
-    for place in (images, maps):
+    images, maps, masks = (Path(folder) / name for name in ("images", "maps", "masks"))
+    for place in (images, maps, masks):
         place.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     rough = ndimage.gaussian_filter(rng.normal(size=(*size, 3)), (2, 2, 0)) * 400 + 128
     Image.fromarray(rough.clip(0, 255).astype(np.uint8)).save(images / "00000.png")
     heat = ndimage.gaussian_filter(rng.normal(size=size), max(size) / 24)
     np.save(maps / "00000.npy", (heat / np.abs(heat).max()).astype(np.float32))
+    Image.fromarray((heat > np.quantile(heat, 0.95)).astype(np.uint8) * 255).save(masks / "00000.png")
     for index in range(1, count):
-        for first in (images / "00000.png", maps / "00000.npy"):
+        for first in (images / "00000.png", maps / "00000.npy", masks / "00000.png"):
             os.link(first, first.with_name(f"{index:05d}{first.suffix}"))
-    return maps, images
+    return maps, images, masks
 
 
 def redraw_times(viewer: Viewer, repeats: int = 20) -> pd.DataFrame:

@@ -21,13 +21,8 @@ SCALINGS = ("run", "image")
 
 ZOOMS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16)
 
-ORDERS = (
-    "score, highest first",
-    "score, lowest first",
-    "closest to the threshold",
-    "branches disagree most",
-    "file",
-)
+BY_BRANCHES = "branches disagree most"
+ORDERS = ("score, highest first", "score, lowest first", "closest to the threshold", BY_BRANCHES, "file")
 
 OUTCOMES = ("miss", "false alarm", "right", "called defective", "called good", "not scored")
 """What became of an image. The truth of those "called" something is not known."""
@@ -111,7 +106,7 @@ def listed(findings: Findings, state: State) -> np.ndarray:
         "score, highest first": lambda: -scores,
         "score, lowest first": lambda: scores,
         "closest to the threshold": lambda: np.abs(scores - (state.threshold or 0.0)),
-        "branches disagree most": lambda: -disagreement(findings),
+        BY_BRANCHES: lambda: -disagreement(findings),
         "file": lambda: np.argsort(np.argsort(findings.names, kind="stable"), kind="stable"),
     }
     return indices[np.argsort(keys[state.order]()[indices], kind="stable")]  # NaN comes last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from effad_lib.viewer import pages
 from effad_lib.viewer.controls import Controls, steps_from_start
 from effad_lib.viewer.display import Display
 from effad_lib.viewer.findings import Findings
-from effad_lib.viewer.notes import Note, Notes
+from effad_lib.viewer.notes import Notes
 from effad_lib.viewer.rendering import hottest
 from effad_lib.viewer.state import (
     ALL,
@@ -29,8 +30,6 @@ from effad_lib.viewer.state import (
     best_threshold,
     listed,
 )
-
-OUTCOME_STYLES = {"right": "success", "miss": "danger", "false alarm": "warning"}
 
 
 class Viewer:
@@ -80,6 +79,7 @@ class Viewer:
 
     def show(self, index: int) -> None:
         """Show the image of this index, whole and without a point."""
+        self._display.say("")
         self.change(index=int(index), point=None, zoom=1)
 
     # --- scoring -----------------------------------------------------------------------------------------------------
@@ -129,8 +129,9 @@ class Viewer:
         self._watch_threshold()
         for name in ("order", "defect", "outcome"):
             c[name].observe(lambda change, name=name: self._by_hand(find=True, **{name: change["new"]}), "value")
-        for name in ("map", "colours", "scaling", "opacity", "follow", "zoom"):
+        for name in ("map", "colours", "scaling", "opacity", "follow"):
             c[name].observe(lambda change, name=name: self._by_hand(**{name: change["new"]}), "value")
+        c["zoom"].observe(lambda change: self._zoomed(change["new"]), "value")
         c["pixel_threshold"].observe(lambda change: self._slid("pixel_threshold", change["new"]), "value")
         c["list"].observe(lambda change: self._display.busy or self.show(change["new"]), "value")
         c["place"].observe(lambda change: self._display.busy or self._go_to(change["new"] - 1), "value")
@@ -153,7 +154,7 @@ class Viewer:
         for number, pick in enumerate(self._shell.picks):
             pick.on_click(lambda _, number=number: self.show(self._display.page(self._state)[number]))
         for name in ("verdict", "note"):
-            c[name].observe(lambda _: self._note(), "value")
+            c[name].observe(lambda change, name=name: self._note(name, change["new"]), "value")
         c["upload"].observe(lambda change: self._upload(change["new"]), "value")
         c["save"].on_click(lambda _: self._try(lambda: f"saved as {self.save()}"))
 
@@ -166,6 +167,8 @@ class Viewer:
         """Take the value of a control, unless it only follows the state; `find` goes to the first of another list."""
         if self._display.busy:
             return
+        if find:
+            self._display.say("")
         self.change(**values)
         if find and self._state.index not in self._display.order:
             self._first()
@@ -176,6 +179,14 @@ class Viewer:
         if now is not None and abs(steps_from_start(slider, value) - steps_from_start(slider, now)) <= 0.5 + 1e-6:
             return
         self._by_hand(**{name: value})
+
+    def _zoomed(self, zoom: float) -> None:
+        """Zoom to the point, or to what is hottest now: the part stays the same when another map is chosen."""
+        if not self._display.busy:
+            if self._state.point is None and zoom > 1:
+                self._to_hottest(zoom)
+            else:
+                self.change(zoom=zoom)
 
     def _toggled(self, group: str, all_of: tuple[str, ...]) -> None:
         chosen = tuple(name for name in all_of if self.controls[f"{group}_{name}"].value)
@@ -188,10 +199,10 @@ class Viewer:
         else:
             self.change(threshold=best)
 
-    def _to_hottest(self) -> None:
+    def _to_hottest(self, zoom: float = 3) -> None:
         picture = self._display.picture(self._state.index)
         point = hottest(picture.maps[self._state.map], picture.image.shape[:2])
-        self.change(point=point, zoom=max(self._state.zoom, 3))
+        self.change(point=point, zoom=max(self._state.zoom, zoom))
 
     def _to_defect(self) -> str | None:
         truth = self._display.picture(self._state.index).truth
@@ -207,18 +218,28 @@ class Viewer:
     def _first(self) -> None:
         """Show the first image of the list."""
         order = listed(self.findings, self._state)
-        self.show(order[0] if len(order) else 0)
+        if len(order):
+            self.show(order[0])
+        else:
+            self._display.say("no image passes these filters")
 
-    def _note(self) -> None:
+    def _note(self, part: str, value: str) -> None:
+        """Write what was typed or chosen, and show what another viewer has written beside it."""
+
+        def write() -> None:
+            note = self.notes.change(self.findings.names[self._state.index], **{part: value})
+            other = "verdict" if part == "note" else "note"
+            self._display.busy = True
+            self.controls[other].value = getattr(note, other)
+
         if not self._display.busy:
-            name = self.findings.names[self._state.index]
-            written = Note(self.controls["verdict"].value, self.controls["note"].value)
-            self._try(lambda: self.notes.__setitem__(name, written))
+            self._try(write)
             self._display.draw(self._state)
 
     def _upload(self, files: tuple[dict[str, Any], ...]) -> None:
         for file in files:
             self._try(lambda file=file: self._added(Path(file["name"].replace("\\", "/")).name, file["content"]))
+        self.controls["upload"].value = ()  # else the same file again would be no change
 
     def _added(self, name: str, content: bytes) -> str:
         """Score an uploaded picture and show it; of its name, which may be anything, only the ending makes a file."""
@@ -235,10 +256,15 @@ class Viewer:
         return f"{name}: score {self.findings.scores[index]:.4g}"
 
     def save(self, path: str | Path | None = None) -> Path:
-        """Save the current view as PNG at print quality, by default in `views/` beside the notes; return the path."""
+        """Save the current view as PNG at print quality, by default in a new file in `views/` beside the notes.
+
+        Returns the path.
+        """
         if path is None:
             folder, name = self.findings.notes.parent / "views", Path(self.findings.names[self._state.index])
-            path = folder / f"{self._state.index:05d}_{name.stem}_{self._state.map}.png"
+            stem = f"{self._state.index:05d}_{name.stem}_{self._state.map}"
+            paths = (folder / f"{stem}{f'_{k}' if k > 1 else ''}.png" for k in itertools.count(1))
+            path = next(path for path in paths if not path.exists())
         return write_bytes(path, self.png())
 
     def png(self, *, dpi: int = 300) -> bytes:
