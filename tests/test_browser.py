@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -132,6 +133,8 @@ def notebook(run):
     token, started = secrets.token_hex(), root / "JUPYTER_RUNTIME_DIR"  # where it writes which port was free
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--IdentityProvider.token={token}"]
     command.append(f"--ServerApp.root_dir={root / 'served'}")
+    made = re.search(r"jupyter lab notebooks (.*)", (PROJECT / "Makefile").read_text(encoding="utf-8"))
+    command += shlex.split(made[1])  # what `make lab` starts it with
     with open(root / "log.txt", "w") as log:
         server = subprocess.Popen(command, env=os.environ | folders, stdout=log, stderr=log)
     try:
@@ -253,6 +256,8 @@ def test_a_picture_is_uploaded_and_scored(seen, picture, tmp_path):
     seen.tab("note and save")
     with seen.page.expect_file_chooser() as chooser:
         seen.whole.get_by_role("button", name="look at a picture").click()
-    chooser.value.set_files(picture(tmp_path / "my own.png"))
+    large = picture(tmp_path / "my own.png", size=(2100, 2100))
+    assert large.stat().st_size > 11 * 2**20  # more than a server of Jupyter takes at once by itself
+    chooser.value.set_files(large)
     expect(seen.heading).to_contain_text(re.compile(r"my own\.png · .*score -?\d"))
     assert any("my" in line and "own.png" in line for line in seen.lines())

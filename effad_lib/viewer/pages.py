@@ -57,7 +57,7 @@ def print_png(findings: Findings, picture: Picture, state: State, *, dpi: int = 
     layers = Layers(picture, state, longest=2048, shortest=1024)
     scale, (height, width), titles = layers.scale(state, findings.scale), layers.size, captions(picture, state)
     panels = state.panels or ("image",)
-    size = (WIDTH, min(WIDTH / len(panels) * height / width + 1.3, 2 * WIDTH))
+    size = (WIDTH, min(WIDTH / len(panels) * height / width + 1.7, 2 * WIDTH))
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, subplot_kw=BARE, layout="constrained")
     try:
         for ax, name in zip(axes[0], panels, strict=True):
