@@ -14,11 +14,12 @@ from effad_lib.datasets import load_dataset
 from effad_lib.profiles import Step
 from effad_lib.published import PAPER, REPRODUCED
 from effad_lib.runs import write_json
-from effad_lib.sweeps import Spent, cost, means, rates, seconds_per_step, shown
+from effad_lib.sweeps import Spent, cost, live, means, rates, seconds_per_step, shown
+from effad_lib.sweeps.cost import at_a_time, expected_seconds
 from effad_lib.sweeps.live import as_html, as_lines, duration
 from effad_lib.sweeps.page import heat_table, write_page
 from effad_lib.sweeps.plan import Sweep, SweepRun
-from effad_lib.sweeps.results import at_a_time, expected_seconds, summary_row, write_summary
+from effad_lib.sweeps.results import summary_row, write_summary
 from effad_lib.sweeps.state import Progress, progress_of, state_of
 from effad_lib.training import TrainingSettings
 
@@ -184,3 +185,18 @@ def test_the_table_shows_what_runs_and_what_failed_first():
     page = as_html("mine", progress)
     assert "<td>&lt;b&gt;</td>" in page and page.count("<tr>") == 31 and "<td>100/100</td>" in page
     assert [duration(seconds) for seconds in (math.nan, 59.6, 120, 7500)] == ["", "60 s", "2 min", "2 h 05 min"]
+
+
+def test_on_a_terminal_the_table_is_drawn_in_place_and_elsewhere_a_line_for_each_change(capsys, monkeypatch):
+    monkeypatch.setattr(live, "EVERY_TERMINAL", 0.0)
+    waits, runs = {"a": Progress("waiting")}, {"a": Progress("running", note="process 7 on host")}
+    table = live.Live("mine")
+    assert table.where == "lines"
+    for progress in (waits, runs, runs):
+        table.draw(progress)
+    assert capsys.readouterr().out == "[0/1] a running: process 7 on host\n"
+    table.where = "terminal"
+    table.draw(waits)
+    table.draw(runs)
+    first, second = capsys.readouterr().out.split("\x1b[3F\x1b[J")
+    assert "waiting" in first and "running" in second

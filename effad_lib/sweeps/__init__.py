@@ -7,7 +7,9 @@ import math
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,23 +19,12 @@ from effad_lib.execution import Lock, LockError, import_papermill
 from effad_lib.execution.process import LOG
 from effad_lib.runs import RunError
 from effad_lib.sweeps import live
+from effad_lib.sweeps.cost import Rate, Spent, cost, expected_seconds, rates, seconds_per_step
 from effad_lib.sweeps.local import run_here
 from effad_lib.sweeps.page import heat_table, write_page
-from effad_lib.sweeps.plan import SWEEP_LOCK, Sweep, SweepRun, SweepSettings, find_data, load_sweep
-from effad_lib.sweeps.results import (
-    Rate,
-    Spent,
-    cost,
-    evaluated,
-    expected_seconds,
-    links,
-    means,
-    rates,
-    seconds_per_step,
-    shown,
-    summary_row,
-    write_summary,
-)
+from effad_lib.sweeps.plan import SWEEP_LOCK, Sweep, SweepRun, find_data, load_sweep
+from effad_lib.sweeps.results import evaluated, links, means, shown, summary_row, write_summary
+from effad_lib.sweeps.settings import SweepSettings
 from effad_lib.sweeps.state import Progress, progress_of, state_of
 
 __all__ = [
@@ -60,12 +51,17 @@ __all__ = [
 ]
 
 
+PAGE_EVERY = 60.0
+"""Seconds between two versions of the page while runs end; the summary, which is cheaper, is written for each."""
+
+
 def run_sweep(settings: SweepSettings, *, notebooks: str | Path = NOTEBOOKS) -> pd.DataFrame:
     """Execute the runs of a sweep that are not done, and return its summary, a row for each of its runs.
 
     Finished runs are skipped, interrupted ones resumed; a failed one keeps its notebook with the traceback, does not
     stop the others, and is skipped the next time without `retry_failed`. Each runs in a process of its own, see
-    `run_here`, or on a Dask cluster. `summary.csv` and `report.html` are written whenever a run has ended.
+    `run_here`, or on a Dask cluster. `summary.csv` is written whenever a run has ended, `report.html` now and then
+    and at the end.
 
     Raises before anything starts: `ProfileError` for a faulty file, `SettingsError` or `DatasetError` for a teacher or
     data that are not there, `LockError` if another sweep works in the folder, and `RunError` for folders of other
@@ -77,7 +73,7 @@ def run_sweep(settings: SweepSettings, *, notebooks: str | Path = NOTEBOOKS) -> 
         dry_run(sweep, settings)
         return _summary(sweep, {run.name: state_of(run) for run in sweep.runs})
     import_papermill()
-    find_data(chosen)
+    find_data([run for run in chosen if not run.done])
     with Lock(sweep.folder / SWEEP_LOCK) as lock, _stopped_by_signals():
         if settings.force:
             _delete(chosen)
@@ -86,6 +82,7 @@ def run_sweep(settings: SweepSettings, *, notebooks: str | Path = NOTEBOOKS) -> 
         if not settings.retry_failed:
             to_do = [run for run in to_do if states[run.name] != "failed"]
         _check(to_do, sweep)
+        find_data(to_do, make=True)
         _work(sweep, to_do, chosen, states, lock, settings)
         return _summary(sweep, states)
 
@@ -95,7 +92,7 @@ def dry_run(sweep: Sweep, settings: SweepSettings) -> None:
     chosen = sweep.matching(settings.only)
     states = {run.name: state_of(run) for run in sweep.runs}
     done = [run for run in sweep.runs if states[run.name] == "done"]
-    progress, left = {}, 0.0
+    progress = {}
     for run in chosen:
         state = states[run.name]
         seconds = Spent.of(run).seconds if state == "done" else expected_seconds(run, done)
@@ -103,10 +100,7 @@ def dry_run(sweep: Sweep, settings: SweepSettings) -> None:
         if math.isnan(seconds):
             note = "not measured yet"
         one = progress_of(run, state)
-        progress[run.name] = Progress(
-            state, one.step, one.steps, one.loss, note=" · ".join(filter(None, [one.note, note]))
-        )
-        left += 0.0 if state == "done" else seconds
+        progress[run.name] = replace(one, left=math.nan, note=" · ".join(filter(None, [one.note, note])))
     print("\n".join(live.as_lines(sweep.name, progress, rows=len(progress))))
     if done or settings.gpu_minutes:
         known = {"gpu_minutes": settings.gpu_minutes, "gpu_source": settings.gpu_source}
@@ -160,7 +154,7 @@ def _work(
     rows = {run.name: summary_row(sweep, run, states[run.name]) for run in sweep.runs}
     skipped = [run for run in chosen if run not in to_do and states[run.name] == "failed"]
     said = {run.name: progress_of(run, states[run.name]) for run in chosen}
-    table, waiting = live.Live(sweep.name), {run.name for run in to_do}
+    written, table, waiting = -math.inf, live.Live(sweep.name), {run.name for run in to_do}
     if settings.scheduler:
         from effad_lib.sweeps.cluster import run_on_cluster
 
@@ -176,10 +170,12 @@ def _work(
                 rows[run.name] = summary_row(sweep, run, state)
                 said[run.name] = progress_of(run, state)
                 if how not in ("done", "failed", "stopped"):
-                    said[run.name] = Progress(state, note=how)
+                    rows[run.name]["error"], said[run.name] = how, Progress(state, note=how)
             if ended:
                 lock.check()
                 write_summary(sweep, rows.values())
+            if ended and time.monotonic() - written > PAGE_EVERY:
+                written = time.monotonic()
                 write_page(sweep, [run for run in sweep.runs if states[run.name] == "done"], rows)
             for run in to_do:
                 at_work = Lock(run.folder / LOG)

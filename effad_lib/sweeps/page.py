@@ -22,7 +22,7 @@ LISTED = ("run", "state", "image_auroc", "au_pro", "seconds", "device", "error")
 def heat_table(table: pd.DataFrame, column: str = "auroc") -> pd.DataFrame:
     """Return a column of the table of `means` as data sets × everything else that varies."""
     rest = [name for name in table.index.names if name != "data"]
-    wide = table[column].unstack(rest) if len(table) else pd.DataFrame()
+    wide = table[column].groupby(level=table.index.names, sort=False, dropna=False).mean().unstack(rest)
     if isinstance(wide.columns, pd.MultiIndex):
         wide.columns = [", ".join(str(part) for part in parts if part == part) for parts in wide.columns]
     return wide.reindex(dict.fromkeys(table.index.get_level_values("data")))

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -29,7 +30,7 @@ from effad_lib.profiles import (
 )
 from effad_lib.published import PUBLISHED_DATA
 from effad_lib.runs import Run, RunError, resolve
-from effad_lib.settings import Settings, SettingsError, nearest
+from effad_lib.settings import SettingsError, nearest
 from effad_lib.training import TrainingSettings
 
 MOST_RUNS = 2000
@@ -44,32 +45,6 @@ SYNTHESIS = "01_data_synthesis"
 
 SWEEP_LOCK = "sweep.lock"
 """The lock of a sweep, in its folder."""
-
-
-@dataclass(frozen=True)
-class SweepSettings(Settings):
-    """Settings of a sweep: what to run, and where."""
-
-    sweep: str = "quick"  # a file of notebooks/sweeps, or the path of a YAML file of your own
-    runs: str = "runs/sweeps"  # gets a folder for each sweep
-    only: str = ""  # runs whose names match a pattern such as "screw-*-seed0"; "" takes all
-    workers: int = (
-        0  # runs at the same time; 0 takes one for each GPU or, without one, for each core with 4 GB of memory
-    )
-    threads: int = 0  # CPU threads of each run; 0 divides the cores by the workers
-    scheduler: str = ""  # address of a Dask scheduler, "local" starts a cluster here; "" does without Dask
-    retry_failed: bool = False  # run those again that failed
-    force: bool = False  # delete the runs of this sweep first
-    dry_run: bool = False  # list the runs and what is known of each, and run nothing
-    gpu_minutes: float = 0.0  # of a run on one GPU, for the estimate of the cost if none was measured; 0 leaves it out
-    gpu_source: str = ""  # where that figure is from, such as a paper
-
-    def check(self) -> None:
-        for name in ("workers", "threads"):
-            self.require(getattr(self, name) >= 0, name, "a whole number of at least 0")
-        self.require(0 <= self.gpu_minutes < math.inf, "gpu_minutes", "minutes, or 0 if they are not known")
-        sourced = not self.gpu_minutes or self.gpu_source
-        self.require(bool(sourced), "gpu_source", "the source of gpu_minutes: a figure without one says nothing")
 
 
 @dataclass(frozen=True)
@@ -209,8 +184,8 @@ def load_sweep(sweep: str, *, runs: str | Path = "runs/sweeps", notebooks: str |
     return Sweep(path, folder, tuple(notebooks / f"{name}.ipynb" for name in names), tuple(planned.values()))
 
 
-def find_data(runs: list[SweepRun]) -> None:
-    """Raise for a teacher or data set that is not there; synthetic products that are not there yet are rendered.
+def find_data(runs: Iterable[SweepRun], *, make: bool = False) -> None:
+    """Raise for a teacher or data set that is not there; with `make`, synthetic products are rendered if need be.
 
     What an earlier notebook of the same run makes is not asked for. Raises `SettingsError` or `DatasetError`, which say
     where to get it.
@@ -235,7 +210,7 @@ def find_data(runs: list[SweepRun]) -> None:
         asked.add(question)
         try:
             check_sources(settings)
-            if settings.dataset not in PUBLISHED_DATA and not makes_data:
+            if settings.dataset not in PUBLISHED_DATA and not makes_data and (make or settings.dataset != "synthetic"):
                 load_dataset(settings.dataset, root=settings.data_root, **wanted)
         except SettingsError as error:
             raise SettingsError(f"run {run.name}: {error}") from error
