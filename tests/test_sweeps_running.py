@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
@@ -17,9 +18,11 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 
 from effad_lib import sweeps
 from effad_lib.execution import Lock
+from effad_lib.execution.process import tasks_of
 from effad_lib.runs import PROJECT, Run, RunError
 from effad_lib.settings import SettingsError
 from effad_lib.sweeps import LockError, SweepSettings, load_sweep, run_sweep, state_of
+from effad_lib.sweeps.cluster import perform
 from effad_lib.sweeps.local import cores, slots
 
 PARAMETERS = 'run_folder = "runs/one"\ncount = 3\nseconds = 0.0\nfails = False\nseed = 0'
@@ -375,6 +378,36 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(cluster, tmp_path, pictu
     assert (table["steps"] == 400).all()
     board = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "runs" / "mine"))  # as `tensorboard --logdir` does
     assert {name.split("/")[0] for name in board.Runs()} == {"seed1", "seed2"}
+
+
+def test_a_task_runs_for_its_sweep_alone(counting):
+    """On a machine that does not share the folder it is refused; when the sweep lets go, it stops and saves."""
+    sweep = planned(counting("parameters: {count: 40, seconds: 30.0}\nseeds: [1]"))
+    (run,) = sweep.runs
+    lock = Lock(sweep.folder / "sweep.lock").take()
+    lead = {"lock": str(lock.path), "owner": asdict(lock.owner)}
+    with pytest.raises(RunError, match="all machines have to share the folder"):
+        perform(run.order, lead | {"owner": {"host": "elsewhere"}})
+    with pytest.raises(RunError, match="all machines have to share the folder"):
+        perform(run.order, lead | {"lock": str(sweep.folder / "nowhere" / "sweep.lock")})
+
+    def let_go():
+        wait_for((run.folder / "history.csv").exists)
+        lock.leave()
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    assert perform(run.order, lead) == "stopped" and state_of(run) == "stopped"
+    thread.join()
+    assert 1 < len(json.loads((run.folder / "checkpoint.json").read_text())) < 41
+
+
+def test_a_process_of_another_library_is_told_so(counting):
+    (run,) = planned(counting("seeds: [1]")).runs
+    told = run.order
+    told["tasks"][0][2] = told["tasks"][0][2] | {"effad": "9.9"}
+    with pytest.raises(RunError, match=r"counting.ipynb differs here \(effad\): all machines need the same"):
+        tasks_of(told)
 
 
 def test_a_scheduler_that_does_not_answer_or_is_no_address_is_an_error(counting, monkeypatch):

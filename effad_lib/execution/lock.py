@@ -19,8 +19,10 @@ from typing import Self
 
 from effad_lib.runs import RunError
 
-HEARTBEAT, STALE = 10.0, 60.0
-"""Seconds between signs of life, and after how many without one an owner on another machine counts as dead."""
+HEARTBEAT, STALE = 10.0, 120.0
+"""Seconds between signs of life, and after how many without one an owner on another machine counts as dead.
+
+The clocks of machines that share a folder must agree to within a minute."""
 
 
 class LockError(RunError):
@@ -70,6 +72,7 @@ class Lock:
         self.path, self.descriptor = Path(path), descriptor
         self._opened = descriptor is None
         self._owner: Owner | None = None
+        self._enforced = True
         self._over = threading.Event()
 
     @property
@@ -85,7 +88,8 @@ class Lock:
     def age(self) -> float:
         """Seconds since the last sign of life; infinite if there was none, or if the lock was given back."""
         try:
-            changed = self.path.stat().st_mtime
+            with open(self.path, "rb") as file:  # opening it makes a network file system ask for its true time
+                changed = os.fstat(file.fileno()).st_mtime
         except OSError:
             return math.inf
         return max(0.0, time.time() - changed) if changed > 1 else math.inf
@@ -113,17 +117,20 @@ class Lock:
         self._owner = Owner.here()
         os.write(self.descriptor, (json.dumps(asdict(self._owner)) + "\n").encode())
         threading.Thread(target=self._beat, daemon=True).start()
+        if not self._enforced:  # somebody else may have done the same just now: the last one has it
+            time.sleep(1.0)
+            self.check()
         return self
 
     def _try(self) -> bool:
         """Get the system's lock, unless the signs of life say that somebody on another machine holds the file."""
-        enforced = True
+        self._enforced = enforced = True
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
-            enforced = False  # a file system without such locks
+            self._enforced = enforced = False  # a file system without such locks
         owner = self.owner
         if owner is None or self.age >= STALE:
             return True

@@ -73,7 +73,7 @@ def perform(told: Mapping[str, Any], lead: Mapping[str, Any], threads: int = 0) 
     started = process.start(told, dict.fromkeys(names, str(threads)))
     try:
         while started.poll() is None:
-            if lock.age >= STALE or lock.owner is None or asdict(lock.owner) != lead["owner"]:
+            if lock.owner is None or asdict(lock.owner) != lead["owner"] or lock.age >= STALE:
                 process.stop([started])
             time.sleep(0.5)
     finally:
@@ -109,11 +109,12 @@ def _client(scheduler: str, workers: int, threads: int) -> Iterator[Any]:
         if scheduler == "local":
             address = stack.enter_context(_local_cluster(distributed, slots(workers, threads)))
         try:
-            yield stack.enter_context(distributed.Client(address, timeout="20s", set_as_default=False))
+            client = stack.enter_context(distributed.Client(address, timeout="20s", set_as_default=False))
         except (OSError, TimeoutError) as error:
             raise RunError(f"scheduler = {scheduler!r} does not answer: {error}") from error
         except ValueError as error:
             raise SettingsError(f"scheduler = {scheduler!r}: takes an address such as tcp://host:8786.") from error
+        yield client
 
 
 def _local_cluster(distributed: Any, environments: Sequence[dict[str, str]]) -> Any:

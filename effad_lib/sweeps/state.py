@@ -62,5 +62,5 @@ def progress_of(run: SweepRun, state: str) -> Progress:
         note = f"process {owner.pid} on {owner.host}"
     if state == "failed" and (what := failure(run.folder)):
         cell = f", cell {what['cell']}" if what["cell"] else ""
-        note = f"{what['notebook']}{cell}: {what['error']}: {what['message']}".lstrip(": ").splitlines()[0][:200]
+        note = f"{what['notebook']}{cell}: {what['error']}: {what['message']}".strip(": ").partition("\n")[0][:200]
     return Progress(state, step, steps, loss, left if state == "running" else math.nan, note)
