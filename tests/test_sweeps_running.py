@@ -191,7 +191,7 @@ def test_two_sweeps_do_not_work_in_one_folder(counting):
 
 
 def test_ctrl_c_stops_the_runs_and_they_are_resumed(counting):
-    arguments = counting("parameters: {count: 40, seconds: 20.0}\nseeds: [1, 2]")
+    arguments = counting("parameters: {count: 40, seconds: 10.0}\nseeds: [1, 2]")
     runs = planned(arguments).runs
 
     def press():

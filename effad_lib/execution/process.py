@@ -104,8 +104,7 @@ def stop(processes: Collection[subprocess.Popen[bytes]], grace: float = GRACE) -
     """End processes of runs: each may finish its step and save; after so many seconds, or a second Ctrl-C, it dies."""
     try:
         for process in processes:
-            process.send_signal(signal.SIGINT)
-            process.stdin.close()
+            process.stdin.close()  # it stops as if this process had died, see `_follow_parent`
         until = time.monotonic() + grace
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -46,6 +46,9 @@ SYNTHESIS = "01_data_synthesis"
 SWEEP_LOCK = "sweep.lock"
 """The lock of a sweep, in its folder."""
 
+TAKEN = frozenset({SWEEP_LOCK, "summary.csv", "report.html", "heat.png", "data"})
+"""What else may be in the folder of a sweep: no names of runs."""
+
 
 @dataclass(frozen=True)
 class SweepRun:
@@ -161,7 +164,7 @@ def load_sweep(sweep: str, *, runs: str | Path = "runs/sweeps", notebooks: str |
             varied = {name: value for name, value, _ in chosen}
             name = "-".join(_label(name, value) for name, value in varied.items()) or "run"
             given = fixed | {key: value for *_, part in chosen for key, value in part.items()}
-            if not re.fullmatch(FOLDER, name) or len(name) > 200:
+            if not re.fullmatch(FOLDER, name) or len(name) > 200 or name in TAKEN:
                 raise ProfileError(f"run {number}: {name!r} cannot be the name of a folder. Use `cases` to name it.")
             if name in planned:
                 raise ProfileError(f"two runs would be called {name!r}: a value is there twice, or two look the same.")
