@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
-import os
 import shutil
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +13,10 @@ import pandas as pd
 from effad_lib.datasets import load_dataset
 from effad_lib.distillation import DistillationSettings, load_teacher
 from effad_lib.evaluation import evaluate_run, finish_run
+from effad_lib.execution import execute, import_papermill
 from effad_lib.images import packaged_photographs
 from effad_lib.profiles import NOTEBOOKS, Step, load_profile, notebook_parameters
-from effad_lib.progress import progress
-from effad_lib.runs import Run, RunError, from_project, write_text
+from effad_lib.runs import Run, RunError, from_project
 from effad_lib.training import TrainingSettings, train
 
 __all__ = [
@@ -70,7 +65,7 @@ def run_profile(
     that fails: the steps before it are kept.
     """
     steps = load_profile(profile, runs=runs, notebooks=notebooks)
-    _import_papermill()
+    import_papermill()
     folders = list(dict.fromkeys(step.folder for step in steps))
     _print_departures(profile, steps)
     for folder in folders if force else ():
@@ -89,7 +84,7 @@ def run_profile(
             continue
         renewed.add(step.folder)
         started = time.monotonic()
-        _execute(step, title)
+        execute(step.task, title)
         print(f"{title}: {time.monotonic() - started:.0f} s", flush=True)
     table = results(step.folder for step in steps if isinstance(step.settings, TrainingSettings))
     print(f"\n{profile}: {time.monotonic() - began:.0f} s in all", flush=True)
@@ -152,81 +147,6 @@ def _print_departures(profile: str, steps: Iterable[Step]) -> None:
             for name, (paper, here) in departures(step.settings).items():
                 print(f"  {name}: {here} (paper: {paper})")
     print(flush=True)
-
-
-# --- execution ------------------------------------------------------------------------------------------------------
-
-
-def _import_papermill() -> Any:
-    try:
-        import papermill
-    except ImportError as error:
-        raise RunError('running notebooks needs papermill and Jupyter: pip install "effad[notebooks]"') from error
-    return papermill
-
-
-def _execute(step: Step, title: str) -> None:
-    """Execute one notebook and mark it as done. Raises `RunError` if it fails."""
-    papermill = _import_papermill()
-    # Else every kernel greets with a page of debugger warnings.
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    step.folder.mkdir(parents=True, exist_ok=True)
-    where = from_project(step.output)
-    kept = "What was finished before is kept: start again to continue."
-    record = step.record
-    try:
-        with _ticking(title, step):
-            notebook = papermill.execute_notebook(
-                step.source,
-                step.output,
-                step.parameters,
-                progress_bar=False,
-                cwd=step.source.parent,
-                start_timeout=180,
-                extra_arguments=["--log-level=50"],  # the kernel's own log would end up between our lines
-            )
-    except papermill.PapermillExecutionError as error:
-        cell = f"cell {error.cell_index + 1}"
-        raise RunError(f"{where}: {cell} failed with {error.ename}: {error.evalue}\n{kept}") from error
-    except KeyboardInterrupt:
-        # The cell that was waited for is left unfinished, of which asyncio would complain at the end.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        raise KeyboardInterrupt(f"stopped in {step.source.stem}. {kept}") from None
-    except (OSError, RuntimeError) as error:
-        # A full disk, or a kernel that does not start or dies (short of memory).
-        raise RunError(f"{where}: {error or type(error).__name__}\n{kept}") from error
-    notebook.metadata["effad"] = record
-    notebook.metadata["papermill"] |= {"input_path": from_project(step.source), "output_path": where}
-    write_text(step.output, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def _ticking(title: str, step: Step) -> Iterator[None]:
-    """Show on a terminal that a notebook is running, a training with the steps that its history has reached."""
-    over = threading.Event()
-    steps = step.settings.steps if isinstance(step.settings, TrainingSettings) else None
-    bar = progress(total=steps, desc=title, leave=False, disable=None, bar_format=None if steps else "{desc} {elapsed}")
-
-    def tick() -> None:
-        while not over.wait(1.0):
-            bar.n = _last_step(step.folder / "history.csv") if steps else 0
-            bar.refresh()
-
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        bar.close()
-
-
-def _last_step(history: Path) -> int:
-    try:
-        return int(history.read_text(encoding="utf-8").splitlines()[-1].split(",")[0])
-    except (OSError, ValueError, IndexError):
-        return 0
 
 
 # --- results --------------------------------------------------------------------------------------------------------

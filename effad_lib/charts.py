@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -145,6 +146,23 @@ def plot_curves(curves: Mapping[str, pd.DataFrame], xlabel: str, ylabel: str, *,
     fig.supxlabel(xlabel, fontsize=10)
     fig.supylabel(ylabel, fontsize=10)
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9, frameon=False)
+    return fig
+
+
+def plot_table(table: pd.DataFrame, label: str, *, scale: Scale) -> Figure:
+    """A table as colours, each cell with its figure; what is missing stays empty.
+
+    table: numbers, a row for each line; label: of the colour bar; scale: the values drawn darkest and brightest, the
+    same for whatever tables are to be compared. Raises ValueError if there is nothing to draw.
+    """
+    if table.empty:
+        raise ValueError("no values to draw")
+    size = WIDTH, 0.34 * len(table) + 1.2
+    fig, ax = plt.subplots(figsize=size, layout="constrained")
+    style = {"cmap": HEAT, "vmin": scale[0], "vmax": scale[1], "linewidths": 0.5, "annot_kws": {"fontsize": 9}}
+    sns.heatmap(table.astype(float), annot=True, fmt=".3f", ax=ax, cbar_kws={"label": label}, **style)
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(axis="y", rotation=0)
     return fig
 
 

@@ -1,10 +1,9 @@
-"""A profile: which notebooks run with which parameters into which folders, all of it checked before anything runs."""
+"""Which notebooks run with which parameters into which folders, all of it checked before anything runs; profiles."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -12,9 +11,12 @@ from typing import Any
 
 import yaml
 
+from effad_lib import __version__
 from effad_lib.datasets import load_dataset
 from effad_lib.distillation import DistillationSettings, load_teacher
 from effad_lib.evaluation import EvaluationSettings
+from effad_lib.execution.notebooks import Task, executed_record, source_hash
+from effad_lib.published import PUBLISHED_DATA
 from effad_lib.runs import PROJECT, Run, from_project, resolve
 from effad_lib.settings import Settings, nearest
 from effad_lib.synthesis import SynthesisSettings
@@ -36,8 +38,15 @@ SETTINGS: dict[str, type[Settings]] = {
 """Notebooks whose parameters are the fields of settings, or some of them: their values are checked beforehand."""
 
 
+FOLDER = r"\w[\w.-]*"
+"""The name of a run folder."""
+
+MOST_VALUES = 100_000
+"""A YAML file that stands for more values than this is refused: a few lines of aliases can stand for billions."""
+
+
 class ProfileError(ValueError):
-    """A profile that cannot be run; the message names its file, the step and the parameter."""
+    """A profile or sweep that cannot be run; the message names its file, the step or run, and the parameter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +69,13 @@ class Step:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What makes an executed notebook out of date when it changes: the cells' sources, parameters and teacher."""
-        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in _cells(self.source)]
-        source = hashlib.sha256(json.dumps(cells).encode()).hexdigest()
-        return {"source": source, "parameters": self.parameters, **self.made_from}
+        """What makes an executed notebook out of date when it changes: its cells, parameters, version and teacher."""
+        return {
+            "source": source_hash(self.source),
+            "parameters": self.parameters,
+            "effad": __version__,
+            **self.made_from,
+        }
 
     @property
     def made_from(self) -> dict[str, str]:
@@ -78,13 +90,16 @@ class Step:
             Run(self.folder).check(self.settings, self.made_from)
 
     @property
+    def task(self) -> Task:
+        """What is needed to execute it. Raises `SettingsError` for a training whose teacher is not there."""
+        steps = self.settings.steps if isinstance(self.settings, TrainingSettings) else 0
+        return Task(self.source, self.folder, self.parameters, self.record, steps)
+
+    @property
     def done(self) -> bool:
         """Whether the notebook was executed to its end with these parameters; only then it has the record."""
-        try:
-            executed = json.loads(self.output.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return isinstance(executed, dict) and executed.get("metadata", {}).get("effad") == self.record
+        made = executed_record(self.output)
+        return made is not None and made == self.record
 
 
 def load_profile(profile: str, *, runs: str | Path = "runs", notebooks: str | Path = NOTEBOOKS) -> list[Step]:
@@ -98,16 +113,14 @@ def load_profile(profile: str, *, runs: str | Path = "runs", notebooks: str | Pa
     if profile not in known:
         raise ProfileError(f"unknown profile {profile!r} in {notebooks / 'profiles'}: {nearest(profile, known)}")
     path = notebooks / "profiles" / f"{profile}.yaml"
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ProfileError(f"{path.name} is not YAML: {error}") from error
+    entries = read_yaml(path)
     if not isinstance(entries, list) or not entries:
         raise ProfileError(f"{path.name}: takes a list of steps, each with notebook, run and parameters.")
     steps: list[Step] = []
     for number, entry in enumerate(entries, 1):
         try:
             step = _step(entry, notebooks, resolve(runs) / profile)
+            check_sources(step.settings)
         except ValueError as error:
             name = entry.get("notebook", "?") if isinstance(entry, dict) else entry
             raise ProfileError(f"{path.name}, step {number} ({name}): {error}") from error
@@ -123,29 +136,83 @@ def _step(entry: Any, notebooks: Path, folder: Path) -> Step:
     for key in entry:
         if key not in (keys := ("notebook", "run", "parameters")):
             raise ProfileError(f"unknown entry {key!r}: {nearest(key, keys)}")
-    there = [path.stem for path in notebooks.glob("*.ipynb")]
-    if entry.get("notebook") not in there:
-        raise ProfileError(f"unknown notebook {entry.get('notebook')!r}: {nearest(entry.get('notebook'), there)}")
-    name, run, given = entry["notebook"], entry.get("run"), entry.get("parameters") or {}
-    if not isinstance(run, str) or not re.fullmatch(r"\w[\w.-]*", run):
+    run, given = entry.get("run"), entry.get("parameters") or {}
+    check_notebook(entry.get("notebook"), notebooks)
+    if not isinstance(run, str) or not re.fullmatch(FOLDER, run):
         raise ProfileError(f"run = {run!r}: takes the name of a folder, of letters, digits, '-', '_' and '.'.")
-    if not isinstance(given, dict) or "run_folder" in given:
-        raise ProfileError(f"parameters = {given!r}: takes names and values, and no run_folder, which `run` names.")
-    source, run_folder = notebooks / f"{name}.ipynb", folder / run
-    runs = from_project(folder)
-    given = {key: value.replace("{runs}", runs) if isinstance(value, str) else value for key, value in given.items()}
+    if not isinstance(given, dict):
+        raise ProfileError(f"parameters = {given!r}: takes names and values.")
+    return make_step(entry["notebook"], folder / run, given, runs=folder, notebooks=notebooks)
+
+
+def check_notebook(name: Any, notebooks: Path = NOTEBOOKS) -> None:
+    """Raise `ProfileError` if there is no notebook of this name."""
+    there = [path.stem for path in notebooks.glob("*.ipynb")]
+    if name not in there:
+        raise ProfileError(f"unknown notebook {name!r}: {nearest(name, there)}")
+
+
+def make_step(notebook: str, folder: Path, given: dict[str, Any], *, runs: Path, notebooks: Path = NOTEBOOKS) -> Step:
+    """Return the step that executes a notebook with the given parameters in a run folder, names and values checked.
+
+    In a text parameter `{run}` stands for the run folder and `{runs}` for `runs`, the folder of all runs of the profile
+    or sweep. Whether teacher and data are there is not asked, see `check_sources`. Raises `ProfileError` or
+    `SettingsError`.
+    """
+    if "run_folder" in given:
+        raise ProfileError(f"parameters = {given!r}: takes no run_folder, which the name of the run gives.")
+    places = {"{runs}": from_project(runs), "{run}": from_project(folder)}
+    for name, value in given.items():
+        for place, path in places.items() if isinstance(value, str) else ():
+            value = value.replace(place, path)
+        given = given | {name: value}
+    source = notebooks / f"{notebook}.ipynb"
     defaults = notebook_parameters(source)
     if "run_folder" in defaults:
-        given["run_folder"] = from_project(run_folder)
+        given["run_folder"] = from_project(folder)
     settings = _typed(defaults, given)
-    if name in SETTINGS:
-        fields = {field.name for field in dataclasses.fields(SETTINGS[name])}
-        values = {key: value for key, value in settings.as_dict().items() if key in fields or name == TRAINING}
-        checked = SETTINGS[name].from_mapping(values)
-        settings = checked if name in (TRAINING, DISTILLATION) else settings
-    if isinstance(settings, TrainingSettings):
-        _check_training(settings)
-    return Step(source, run_folder, given, settings)
+    if notebook in SETTINGS:
+        fields = {field.name for field in dataclasses.fields(SETTINGS[notebook])}
+        values = {key: value for key, value in settings.as_dict().items() if key in fields or notebook == TRAINING}
+        checked = SETTINGS[notebook].from_mapping(values)
+        settings = checked if notebook in (TRAINING, DISTILLATION) else settings
+    return Step(source, folder, given, settings)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds.
+
+    Raises `ProfileError` for what is not YAML, for a key that is given twice in a mapping, of which YAML would take the
+    last, and for aliases that stand for more than a file should hold.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if (root := yaml.compose(text, yaml.SafeLoader)) is not None:
+            _count(root, path, {})
+        return yaml.safe_load(text)
+    except OSError as error:
+        raise ProfileError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ProfileError(f"{path.name} is not YAML: {error}") from error
+
+
+def _count(node: yaml.Node, path: Path, known: dict[int, int | None]) -> int:
+    """Return how many values a node stands for, with those behind its aliases; `known` are the counts so far."""
+    if id(node) in known:
+        if (count := known[id(node)]) is None:
+            raise ProfileError(f"{path.name}, line {node.start_mark.line + 1}: an alias stands for what it is part of.")
+        return count
+    known[id(node)] = None
+    children: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ProfileError(f"{path.name}, line {node.start_mark.line + 1}: {twice[0]!r} is given twice.")
+        children = [child for pair in node.value for child in pair]
+    known[id(node)] = count = 1 + sum(_count(child, path, known) for child in children)
+    if count > MOST_VALUES:
+        raise ProfileError(f"{path.name} stands for more than {MOST_VALUES:,} values: too many aliases.")
+    return count
 
 
 def notebook_parameters(notebook: str | Path) -> dict[str, Any]:
@@ -187,8 +254,10 @@ def _typed(defaults: dict[str, Any], given: dict[str, Any]) -> Settings:
     return dataclasses.make_dataclass("Parameters", fields, bases=(Settings,), frozen=True).from_mapping(given)
 
 
-def _check_training(settings: TrainingSettings) -> None:
-    """Raise for a teacher or a data set that is not there; data that an earlier step makes is not asked for."""
+def check_sources(settings: Settings) -> None:
+    """Raise for the teacher or data set of a training that is not there; data that can be made are not asked for."""
+    if not isinstance(settings, TrainingSettings):
+        return
     load_teacher(settings.teacher or settings.size, padding=settings.padding)
-    if settings.dataset in ("elpv", "mvtec_ad", "mvtec_ad_2", "mvtec_loco", "visa", "btad"):
+    if settings.dataset in PUBLISHED_DATA:
         load_dataset(settings.dataset, root=settings.data_root, category=settings.category)

@@ -11,12 +11,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
-from effad_lib.settings import Settings
+if TYPE_CHECKING:
+    from effad_lib.settings import Settings
 
 PROJECT = Path(__file__).resolve().parent.parent
 """The folder of the workbook: relative paths in settings are taken from here, wherever a notebook's kernel runs."""
@@ -83,8 +83,9 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 class Run:
-    """A run folder: `parameters.yaml`, `sources.json`, `model.safetensors`, `checkpoints/`, `maps/`, `figures/`,
-    `tensorboard/` and `metrics.json`, which is written last: a run that has it is done, any other can be resumed.
+    """A run folder: `parameters.yaml`, `sources.json`, `provenance.json`, `model.safetensors`, `checkpoints/`, `maps/`,
+    `figures/`, `tensorboard/` and `metrics.json`, which is written last: a run that has it is done, any other can be
+    resumed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -145,12 +146,16 @@ class Run:
 
     def save_checkpoint(self, name: str, state: dict[str, Any]) -> Path:
         """Save `state` (tensors and plain types only) as `checkpoints/<name>.pt`, whole or not at all."""
+        import torch  # what only reads and writes files starts without it
+
         buffer = io.BytesIO()
         torch.save(state, buffer)
         return write_bytes(self.folder / "checkpoints" / f"{name}.pt", buffer.getbuffer())
 
     def load_checkpoint(self, name: str = "last") -> dict[str, Any] | None:
         """Return the checkpoint `name`, or None if there is none; nothing is unpickled (`weights_only=True`)."""
+        import torch
+
         path = self.folder / "checkpoints" / f"{name}.pt"
         if not path.is_file():
             return None

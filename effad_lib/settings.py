@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import platform
 import types
 import typing
 from typing import Any, Self
@@ -133,3 +134,10 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device(name)
     here = ", ".join(device for device, is_there in there.items() if is_there)
     raise SettingsError(f"device = {name!r}: not available here. Use 'auto' or one of: {here}.")
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device is called, such as "x86_64 CPU, 2 threads" or the name of a graphics card."""
+    if device.type == "cpu":
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

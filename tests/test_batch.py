@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from effad_lib import batch, distillation, runs
 from effad_lib.batch import as_text, departures, load_profile, notebook_parameters, results, run_profile
+from effad_lib.execution import last_step
 from effad_lib.networks import PDN
 from effad_lib.profiles import ProfileError
 from effad_lib.runs import PROJECT, Run, RunError, resolve
@@ -380,9 +381,9 @@ def test_only_the_default_run_is_made_and_only_what_is_missing_of_it(tmp_path, m
 
 
 def test_the_training_history_moves_the_bar(tmp_path):
-    assert batch._last_step(tmp_path / "history.csv") == 0
+    assert last_step(tmp_path / "history.csv") == 0
     (tmp_path / "history.csv").write_text("step,seconds\n100,2.0\n200,4.1\n")
-    assert batch._last_step(tmp_path / "history.csv") == 200
+    assert last_step(tmp_path / "history.csv") == 200
 
 
 # --- the real profiles ----------------------------------------------------------------------------------------------

@@ -394,3 +394,22 @@ def test_detect_refuses_what_is_no_model(picture, tmp_path, capsys):
     assert "not a whole effad model" in failure(capsys, "detect", fake, picture(tmp_path / "a.png"))
     save_file({"x": torch.zeros(2)}, fake)
     assert "not a whole effad model" in failure(capsys, "detect", fake, tmp_path / "a.png")
+
+
+def test_a_sweep_ends_with_the_list_of_what_failed(tmp_path, capsys):
+    """Notebook 04 finds no training in the folder of a run that has none."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("notebooks: [04_evaluation]\nparameters: {device: cpu}\ncases: {none: }\n")
+    assert main(["sweep", str(path), "--runs", str(tmp_path / "runs"), "--workers", "1"]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"^none failed: 04_evaluation.ipynb, cell \d+: RunError: .*finished training", said, re.MULTILINE)
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+    assert main(["sweep", str(path), "--runs", str(tmp_path / "runs"), "--dry-run"]) == 0
+    assert "mine: 1 runs, 1 failed" in capsys.readouterr().out
+
+
+def test_a_faulty_sweep_is_one_line(tmp_path, capsys):
+    assert "unknown sweep 'quikc'" in failure(capsys, "sweep", "quikc")
+    (tmp_path / "mine.yaml").write_text("{notebooks: [03_training], grid: {learning_rate: [1e-4]}}")
+    assert "write 1.0e-4" in failure(capsys, "sweep", tmp_path / "mine.yaml")
+    assert "Did you mean" in failure(capsys, "sweep", "quick", "--dry-runn")

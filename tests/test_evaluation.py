@@ -408,7 +408,16 @@ def test_a_run_is_evaluated_on_its_own_split_and_finished_last(finished):
 
     written = finish_run(finished.folder, detector, found)
     assert finished.metrics == written
-    assert list(written) == ["data", *found.metrics(), "latency_ms", "latency_on", "seconds", "steps", "size"]
+    assert list(written) == [
+        "data",
+        *found.metrics(),
+        "image_auroc_unnormalised",
+        "latency_ms",
+        "latency_on",
+        "seconds",
+        "steps",
+        "size",
+    ]
     assert written["latency_ms"] > 0 and "CPU" in written["latency_on"]
     assert written["data"] == "random images" and written["size"] == "XS" and written["au_pro"] is None
     assert len(pd.read_csv(finished.folder / "scores.csv")) == len(list((finished.folder / "maps").iterdir())) == 3

@@ -20,6 +20,7 @@ Command = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Na
 
 COMMANDS: dict[str, Command] = {
     "run": (notebooks.run_options, notebooks.run),
+    "sweep": (notebooks.sweep_options, notebooks.sweep),
     "synthesize": (data.synthesize_options, data.synthesize),
     "damage": (data.damage_options, data.damage),
     "distill": (teachers.distill_options, teachers.distill),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+
+from effad_lib.cli.options import add_options, as_path, given, settings_options
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:
@@ -20,3 +23,35 @@ def run(options: argparse.Namespace) -> int:
     runs = Path(options.runs).expanduser().resolve() if options.runs else "runs"
     run_profile(options.profile, runs=runs, force=options.force)
     return 0
+
+
+def sweep_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `effad sweep`."""
+    from effad_lib.sweeps import SweepSettings
+
+    parser.add_argument("file", metavar="FILE", help="a YAML file, or the name of one of notebooks/sweeps")
+    add_options(parser, [option for option in settings_options(SweepSettings) if option.name != "sweep"])
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Execute notebooks over many cases, those runs that are not done; exit code 1 if any failed."""
+    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, no window is opened
+    from effad_lib import sweeps
+
+    name = as_path(options.file) if options.file.endswith((".yaml", ".yml")) else options.file
+    settings = sweeps.SweepSettings.from_mapping(
+        {"sweep": name} | given(options, settings_options(sweeps.SweepSettings))
+    )
+    plan = sweeps.load_sweep(settings.sweep, runs=settings.runs)
+    table = sweeps.run_sweep(settings)
+    if settings.dry_run:
+        return 0
+    means = sweeps.means(sweeps.finished(plan, settings.only))
+    if len(means):
+        print(f"\n{sweeps.shown(means).to_string()}\n")
+    print(plan.folder / "report.html")
+    chosen = [run.name for run in plan.matching(settings.only)]
+    open_runs = table[table["run"].isin(chosen) & (table["state"] != "done")]
+    for row in open_runs.to_dict("records"):
+        print(f"{row['run']} {row['state']}: {row['error'] or ''}")
+    return 1 if len(open_runs) else 0

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
-PATHS = frozenset({"run_folder", "data_root", "penalty_images", "images", "backbone_weights"})
+PATHS = frozenset({"run_folder", "runs", "data_root", "penalty_images", "images", "backbone_weights"})
 """Settings that are paths: on the command line relative to where one is, in settings relative to the project."""
 
 

@@ -76,6 +76,21 @@ class Split:
         defective = [sample for sample in self.test if sample.label]
         return bool(defective) and all(sample.mask for sample in defective)
 
+    @property
+    def fingerprint(self) -> str:
+        """A SHA-256 of all images and masks, of their parts, kinds and order: the same wherever the data lie.
+
+        Every file is read for it; one that cannot be read counts as empty.
+        """
+        whole = hashlib.sha256()
+        for part in ("train", "validation", "test"):
+            for sample in getattr(self, part):
+                whole.update(f"{part} {sample.label} {sample.defect}\n".encode())
+                masks = sorted(sample.mask.iterdir()) if sample.mask and sample.mask.is_dir() else [sample.mask]
+                for path in filter(None, [sample.image, *masks]):
+                    whole.update(_digest(path))
+        return whole.hexdigest()
+
     def __repr__(self) -> str:
         bad = sum(sample.label for sample in self.test)
         return (
@@ -83,6 +98,14 @@ class Split:
             f"{len(self.test)} test: {len(self.test) - bad} good and {bad} defective, "
             f"{'with' if self.has_masks else 'no'} masks)"
         )
+
+
+def _digest(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return b""
 
 
 Loader = Callable[[Path | None, str, int, float], Split]

@@ -21,6 +21,7 @@ from effad_lib.evaluation.result import (
     worst_mistakes,
 )
 from effad_lib.evaluation.scoring import evaluate
+from effad_lib.metrics import image_auroc
 from effad_lib.runs import Run, RunError, resolve
 from effad_lib.settings import Settings, pick_device
 
@@ -90,10 +91,12 @@ def evaluate_run(run_folder: str | Path, device: str = "auto") -> tuple[Efficien
 def finish_run(run_folder: str | Path, detector: EfficientAD, found: Evaluation) -> dict[str, Any]:
     """Write `scores.csv`, the maps and, last, `metrics.json` into a run; return what the latter holds.
 
-    Keys: data, the metrics, the latency, and of the training its seconds, its steps and the size of the networks.
+    Keys: data, the metrics, the image AU-ROC without map quantiles (`image_auroc_unnormalised`, the paper's first
+    ablation), the latency, and of the training its seconds, its steps and the size of the networks.
     """
     found.save(resolve(run_folder))
     card = {name: detector.card.get(name) for name in ("data", "seconds", "steps", "size")}
-    result = {"data": card.pop("data"), **found.metrics(), **latency(detector), **card}
+    plain = {"image_auroc_unnormalised": image_auroc(unnormalised_scores(detector, found), found.labels)}
+    result = {"data": card.pop("data"), **found.metrics(), **plain, **latency(detector), **card}
     Run(run_folder).finish(result)
     return result

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from time import perf_counter
 
 import numpy as np
 import torch
 
 from effad_lib.detector import EfficientAD
+from effad_lib.settings import device_name
 
 
 @torch.inference_mode()
@@ -26,8 +26,4 @@ def latency(detector: EfficientAD, *, batch_size: int = 1, repeats: int = 20) ->
         detector(images).score.cpu()  # waits for the device
         if repeat >= 3:
             took.append(1000 * (perf_counter() - began))
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    where = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else cpu if device.type == "cpu" else device.type
-    )
-    return {"latency_ms": float(np.median(took)), "latency_on": where}
+    return {"latency_ms": float(np.median(took)), "latency_on": device_name(device)}

@@ -11,6 +11,7 @@ from effad_lib.datasets import Split, verify_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import load_teacher
 from effad_lib.images import NaturalImages, load_images
+from effad_lib.provenance import note_provenance
 from effad_lib.runs import Run, resolve
 from effad_lib.settings import SettingsError, pick_device
 from effad_lib.training.settings import TrainingSettings
@@ -32,10 +33,10 @@ __all__ = [
 def train(settings: TrainingSettings, split: Split) -> EfficientAD:
     """Train a detector on the normal images of `split` in `settings.run_folder`, or continue there.
 
-    Writes `parameters.yaml`, checkpoints (last, best, the three best by validation loss), TensorBoard scalars and maps,
-    `history.csv` and at the end `model.safetensors`. A finished training is loaded. A resumed one ends with the same
-    weights as an undisturbed one, bit for bit on the CPU. Raises `SettingsError`, `ImageError`, `DatasetError` or
-    `RunError` before long work starts.
+    Writes `parameters.yaml`, `provenance.json`, checkpoints (last, best, the three best by validation loss),
+    TensorBoard scalars and maps, `history.csv` and at the end `model.safetensors`. A finished training is loaded. A
+    resumed one ends with the same weights as an undisturbed one, bit for bit on the CPU. Raises `SettingsError`,
+    `ImageError`, `DatasetError` or `RunError` before long work starts.
     """
     device = pick_device(settings.device)
     run = Run(settings.run_folder)
@@ -50,6 +51,8 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
     if run.model.is_file():
         return EfficientAD.load(run.model, device)
     verify_masks(split)
+    made_from = {"data": split.fingerprint, "teacher": teacher_card["sha256"]}
+    note_provenance(run.folder, device, seed=settings.seed, **made_from)
     natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
     size = tuple(settings.image_size)
     torch.manual_seed(settings.seed)

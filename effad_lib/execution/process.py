@@ -1,0 +1,197 @@
+"""One run in a process of its own: what it is told, what it leaves behind, how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from effad_lib import __version__
+from effad_lib.execution.lock import STALE, Lock, LockError
+from effad_lib.execution.notebooks import Task, execute, source_hash
+from effad_lib.runs import PROJECT, Run, RunError, from_project, resolve, write_json
+
+LOG, ORDER, FAILED = "run.log", "order.json", "failed.json"
+"""Files of a run folder: its lock, which holds what its kernels print; what the run is; how it failed."""
+
+REFUSED, STOPPED = 75, 130
+"""Exit codes: somebody else works in the run folder; stopped, to be resumed."""
+
+GRACE = 60.0
+"""Seconds that a run has to save its checkpoint when it is stopped."""
+
+
+def order(name: str, tasks: Sequence[Task], identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that a process needs to know of a run, as plain values that can travel to another machine.
+
+    tasks: its notebooks, all in one folder; identity: what `order.json` shall say from the start of what the run is.
+    """
+    return {
+        "name": name,
+        "folder": from_project(tasks[0].folder),
+        "tasks": [[from_project(task.source), task.parameters, task.record, task.steps] for task in tasks],
+        "identity": dict(identity),
+    }
+
+
+def tasks_of(told: Mapping[str, Any]) -> list[Task]:
+    """Return the tasks of an `order`. Raises `RunError` if notebooks or library are not those it was made with."""
+    folder, tasks = resolve(told["folder"]), []
+    for source, parameters, record, steps in told["tasks"]:
+        task = Task(resolve(source), folder, parameters, record, steps)
+        here = {"source": source_hash(task.source), "effad": __version__}
+        if different := [name for name, value in here.items() if record[name] != value]:
+            raise RunError(f"{source} differs here ({', '.join(different)}): all machines need the same effad.")
+        tasks.append(task)
+    return tasks
+
+
+# --- in the process that started it ---------------------------------------------------------------------------------
+
+
+def start(told: Mapping[str, Any], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start the process of a run; it stops by itself when the one that started it dies.
+
+    Its output goes to the run's log, and with it the lock: no other process can begin with the run before the last of
+    this one's kernels has ended.
+    """
+    folder = resolve(told["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOG, "ab") as log:
+        # In a process group of its own: Ctrl-C goes to the sweep alone, which then stops its runs one by one.
+        return subprocess.Popen(
+            [sys.executable, "-m", "effad_lib.execution", json.dumps(told)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            cwd=PROJECT,
+            env=os.environ | environment,
+            process_group=0,
+        )
+
+
+def outcome(process: subprocess.Popen[bytes], folder: Path) -> str:
+    """Return how a process that has ended left its run: "done", "failed", "stopped", or why it could not begin.
+
+    A process that died is marked as failed here, as it could not do so itself.
+    """
+    process.stdin.close()
+    code = process.returncode
+    if code in (0, STOPPED, -signal.SIGINT):
+        return "stopped" if code else "done"
+    if code == REFUSED:
+        owner = Lock(folder / LOG).owner
+        return f"in use by process {owner.pid} on {owner.host}" if owner else "in use"
+    if not (folder / FAILED).is_file():
+        reason = f"its process ended with code {code}"
+        if code < 0:
+            reason = f"its process was ended by {signal.Signals(-code).name}"
+            reason += ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+        mark_failed(folder, "", reason)
+    return "failed"
+
+
+def stop(processes: Collection[subprocess.Popen[bytes]], grace: float = GRACE) -> None:
+    """End processes of runs: each may finish its step and save; after so many seconds, or a second Ctrl-C, it dies."""
+    try:
+        for process in processes:
+            process.stdin.close()  # it stops as if this process had died, see `_follow_parent`
+        until = time.monotonic() + grace
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def mark_failed(folder: Path, notebook: str, message: str, *, cell: int | None = None, error: str = "") -> None:
+    """Write `failed.json` into a run: the notebook, the number of its cell, the name of the error, its message."""
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    what = {"notebook": notebook, "cell": cell, "error": error, "message": message, "at": at}
+    write_json(folder / FAILED, what)
+
+
+def failure(folder: Path) -> dict[str, Any] | None:
+    """Return what `failed.json` of a run says, None if it has not failed."""
+    try:
+        return json.loads((folder / FAILED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+# --- in the process of the run --------------------------------------------------------------------------------------
+
+
+def main(told: Mapping[str, Any]) -> int:
+    """Execute the notebooks of a run, those that are not done; return the exit code."""
+    # Started by a sweep in the background of a shell, it would be deaf to the signal that stops it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    folder = resolve(told["folder"])
+    lock = Lock(folder / LOG, descriptor=sys.stdout.fileno())
+    try:
+        lock.take(wait=STALE + 10)
+    except LockError as refusal:
+        print(refusal, flush=True)
+        return REFUSED
+    try:
+        (folder / FAILED).unlink(missing_ok=True)
+        write_json(folder / ORDER, told["identity"])
+        return _execute(told, folder)
+    except KeyboardInterrupt as interrupt:
+        print(interrupt, flush=True)
+        return STOPPED
+    finally:
+        lock.leave()
+
+
+def _execute(told: Mapping[str, Any], folder: Path) -> int:
+    notebook = ""
+    try:
+        renewed = False
+        for task in tasks_of(told):
+            notebook = task.source.name
+            if task.done and not renewed:
+                continue
+            if not renewed:  # from now on the run is not done, whatever was measured before
+                (folder / "metrics.json").unlink(missing_ok=True)
+            renewed = True
+            try:
+                execute(task, notebook)
+            except RunError as error:
+                # A kernel that did not start, as two may have drawn the same port, or died: once more.
+                if not isinstance(error.__cause__, RuntimeError):
+                    raise
+                print(f"{error}\nOnce more.", flush=True)
+                execute(task, notebook)
+        if not Run(folder).done:
+            raise RunError("its notebooks left no metrics.json: the last one has to call Run(run_folder).finish(...).")
+    except (RunError, ValueError, OSError) as error:
+        cause = error.__cause__
+        print(error, flush=True)
+        if hasattr(cause, "ename"):
+            mark_failed(folder, notebook, str(cause.evalue), cell=cause.cell_index + 1, error=str(cause.ename))
+        else:
+            mark_failed(folder, notebook, str(error), error=type(cause or error).__name__)
+        return 1
+    return 0
+
+
+def _follow_parent() -> None:
+    """Stop when the process that started this one has died: the pipe from it, in which it writes nothing, then ends."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(GRACE)
+    os._exit(STOPPED)

@@ -1,0 +1,424 @@
+"""Sweeps at work: skipped, resumed, failed, stopped, killed; the same result in the end, here and on a cluster."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+from effad_lib import sweeps
+from effad_lib.execution import Lock
+from effad_lib.execution.process import tasks_of
+from effad_lib.runs import PROJECT, Run, RunError
+from effad_lib.settings import SettingsError
+from effad_lib.sweeps import LockError, SweepSettings, load_sweep, run_sweep, state_of
+from effad_lib.sweeps.cluster import perform
+from effad_lib.sweeps.local import cores, slots
+
+PARAMETERS = 'run_folder = "runs/one"\ncount = 3\nseconds = 0.0\nfails = False\nseed = 0'
+
+COUNTS = """import json, os, time
+from pathlib import Path
+
+def write(name, value):
+    partial = Path(run_folder) / f".{name}"
+    partial.write_text(json.dumps(value))
+    partial.replace(Path(run_folder) / name)
+
+checkpoint = Path(run_folder) / "checkpoint.json"
+numbers = json.loads(checkpoint.read_text()) if checkpoint.exists() else [seed]
+with open(Path(run_folder) / "starts.txt", "a") as file:
+    print(len(numbers), os.environ.get("OMP_NUM_THREADS"), os.getpid(), file=file)"""
+
+WORKS = """while len(numbers) <= count:
+    time.sleep(seconds / count)
+    numbers.append((numbers[-1] * 1103515245 + 12345) % 2**31)
+    write("checkpoint.json", numbers)
+    history = "\\n".join(f"{k},{k * 0.1},{1 / k}" for k in range(1, len(numbers)))
+    (Path(run_folder) / "history.csv").write_text(f"step,seconds,validation\\n{history}\\n")"""
+
+FAILS = 'if fails and not (Path(run_folder) / "mended").exists():\n    raise ValueError("a <b>bad</b> case")'
+
+FINISHES = 'write("metrics.json", {"last": numbers[-1], "sum": sum(numbers)})'
+
+
+def notebook(path, *cells):
+    """Write a notebook whose first cell are the parameters."""
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    made.cells[0].metadata["tags"] = ["parameters"]
+    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(made, path)
+
+
+@pytest.fixture
+def counting(tmp_path):
+    """A function that writes a sweep of a notebook that counts, saving every number; returns arguments."""
+    folder = tmp_path / "notebooks"
+    notebook(folder / "counting.ipynb", PARAMETERS, COUNTS, WORKS, FAILS, FINISHES)
+    (folder / "sweeps").mkdir()
+
+    def write(text, **settings):
+        (folder / "sweeps" / "mine.yaml").write_text(f"notebooks: [counting]\n{text}")
+        values = {"sweep": "mine", "runs": str(tmp_path / "runs"), "workers": 2} | settings
+        return {"settings": SweepSettings(**values), "notebooks": folder}
+
+    return write
+
+
+def planned(arguments):
+    """The plan behind the arguments of run_sweep."""
+    settings = arguments["settings"]
+    return load_sweep(settings.sweep, runs=settings.runs, notebooks=arguments["notebooks"])
+
+
+def starts(folder):
+    """How many numbers were there at each start of a run's notebook."""
+    path = folder / "starts.txt"
+    return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def numbers(seed, count=3):
+    """What the notebook should find."""
+    found = [seed]
+    while len(found) <= count:
+        found.append((found[-1] * 1103515245 + 12345) % 2**31)
+    return found
+
+
+def wait_for(condition, seconds=90):
+    """Wait until a condition holds; fails if it does not within so many seconds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_runs_are_executed_once_failed_ones_are_marked_and_tried_again_on_demand(counting, capsys):
+    text = "cases: {good: {}, bad: {fails: true}}\nseeds: [1]"
+    table = run_sweep(**counting(text)).set_index("run")
+    assert table["state"].to_dict() == {"good-seed1": "done", "bad-seed1": "failed"}
+    assert table.loc["good-seed1", "last"] == numbers(1)[-1] and table.loc["good-seed1", "sum"] == sum(numbers(1))
+    assert table.loc["bad-seed1", "error"] == "counting.ipynb, cell 5: ValueError: a <b>bad</b> case"
+    good, bad = planned(counting(text)).runs
+    assert json.loads((bad.folder / "failed.json").read_text())["cell"] == 5
+    executed = nbformat.read(bad.folder / "counting.ipynb", 4)
+    assert any(output["output_type"] == "error" for cell in executed.cells for output in cell.get("outputs", []))
+    said = capsys.readouterr().out
+    assert "good-seed1 done" in said and "bad-seed1 failed: counting.ipynb, cell 5" in said
+    page = (good.folder.parent / "report.html").read_text()
+    assert "a &lt;b&gt;bad&lt;/b&gt; case" in page and 'href="good-seed1/counting.ipynb"' in page
+    summary = pd.read_csv(good.folder.parent / "summary.csv").set_index("run")
+    assert summary["state"].to_dict() == table["state"].to_dict() and summary["last"].iloc[0] == numbers(1)[-1]
+    # Half of the cores for each of two workers, but never more than the surroundings allow.
+    threads = [line.split()[1] for line in (good.folder / "starts.txt").read_text().splitlines()]
+    assert threads == [slots(2)[0]["OMP_NUM_THREADS"]]
+
+    # Once more: nothing to do, and the failed one is left alone, which is said.
+    run_sweep(**counting(text))
+    assert len(starts(good.folder)) == len(starts(bad.folder)) == 1
+    assert "Failed before and not tried again: bad-seed1" in capsys.readouterr().out
+    (bad.folder / "mended").touch()
+    table = run_sweep(**counting(text, retry_failed=True)).set_index("run")
+    assert table["state"].to_dict() == {"good-seed1": "done", "bad-seed1": "done"}
+    assert starts(good.folder) == [1] and not (bad.folder / "failed.json").exists()
+
+    # Other parameters in the same folders are refused before anything runs; with force they are done anew.
+    text = text.replace("seeds", "parameters: {count: 4}\nseeds")
+    with pytest.raises(RunError, match=r"count: None there, 4 now(?s:.)*effad sweep mine --force"):
+        run_sweep(**counting(text))
+    (good.folder.parent / "other").mkdir()
+    (bad.folder / "mended").unlink()
+    table = run_sweep(**counting(text, force=True, only="good*")).set_index("run")
+    assert table.loc["good-seed1", "last"] == numbers(1, 4)[-1] and starts(good.folder) == [1]
+    assert len(starts(bad.folder)) == 2 and (good.folder.parent / "other").is_dir()
+
+
+def test_a_sweep_that_is_asked_what_it_would_do_does_nothing(counting, capsys, tmp_path):
+    table = run_sweep(**counting("seeds: [1, 2]", dry_run=True, gpu_minutes=30.0, gpu_source="a paper"))
+    assert table["state"].tolist() == ["waiting", "waiting"] and not (tmp_path / "runs").exists()
+    said = capsys.readouterr().out
+    assert "mine: 2 runs, 2 waiting" in said and said.count("not measured yet") == 2
+    assert "8 × GPU" in said and "a paper" in said
+
+
+def test_a_run_that_leaves_no_metrics_is_no_finished_run(counting, tmp_path):
+    arguments = counting("seeds: [1]")
+    notebook(tmp_path / "notebooks" / "counting.ipynb", PARAMETERS, COUNTS, WORKS)
+    table = run_sweep(**arguments)
+    assert table["state"].tolist() == ["failed"] and "left no metrics.json" in table["error"][0]
+    # A notebook that was changed is executed again; what it had computed is there.
+    notebook(tmp_path / "notebooks" / "counting.ipynb", PARAMETERS, COUNTS, WORKS, FINISHES)
+    table = run_sweep(**counting("seeds: [1]", retry_failed=True))
+    assert table["state"].tolist() == ["done"] and starts(planned(arguments).runs[0].folder) == [1, 4]
+
+
+def test_a_run_whose_process_dies_is_marked(counting, tmp_path):
+    arguments = counting("seeds: [1]")
+    dies = "import signal\nos.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(60)"
+    notebook(tmp_path / "notebooks" / "counting.ipynb", PARAMETERS, COUNTS, dies)
+    table = run_sweep(**arguments)
+    assert table["state"].tolist() == ["failed"]
+    assert table["error"][0] == "its process was ended by SIGKILL, perhaps for want of memory"
+
+
+def test_a_kernel_that_dies_is_started_once_more(counting, tmp_path):
+    arguments = counting("seeds: [1]")
+    dies = 'if len(list(open(Path(run_folder) / "starts.txt"))) == 1:\n    os._exit(3)'
+    notebook(tmp_path / "notebooks" / "counting.ipynb", PARAMETERS, COUNTS, WORKS, dies, FINISHES)
+    table = run_sweep(**arguments)
+    assert table["state"].tolist() == ["done"] and starts(planned(arguments).runs[0].folder) == [1, 4]
+
+
+def test_two_sweeps_do_not_work_in_one_folder(counting):
+    arguments = counting("seeds: [1]")
+    sweep = planned(arguments)
+    with Lock(sweep.folder / "sweep.lock"), pytest.raises(LockError, match=rf"in use by process {os.getpid()} on"):
+        run_sweep(**arguments)
+    with Lock(sweep.runs[0].folder / "run.log"), pytest.raises(LockError, match=r"seed1 is in use by process"):
+        run_sweep(**counting("seeds: [1]", force=True))
+    assert starts(sweep.runs[0].folder) == [] and state_of(sweep.runs[0]) == "stopped"
+
+
+def test_ctrl_c_stops_the_runs_and_they_are_resumed(counting):
+    arguments = counting("parameters: {count: 40, seconds: 10.0}\nseeds: [1, 2]")
+    runs = planned(arguments).runs
+
+    def press():
+        wait_for(lambda: all((run.folder / "history.csv").exists() for run in runs))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(**arguments)
+    thread.join()
+    assert [state_of(run) for run in runs] == ["stopped", "stopped"]
+    for run in runs:
+        reached = len(json.loads((run.folder / "checkpoint.json").read_text()))
+        kernel = int((run.folder / "starts.txt").read_text().split()[-1])
+        assert 1 < reached < 41 and not Path(f"/proc/{kernel}").exists()
+    table = run_sweep(**arguments)
+    assert table["state"].tolist() == ["done", "done"]
+    assert table["last"].tolist() == [numbers(seed, 40)[-1] for seed in (1, 2)]
+    assert all(starts(run.folder)[1] > 1 for run in runs)
+
+
+def test_the_workers_divide_cores_and_graphics_cards(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("effad_lib.sweeps.local.cores", lambda: 12)
+    assert [slot["OMP_NUM_THREADS"] for slot in slots(5)] == ["2"] * 5
+    assert slots(1, 3)[0]["OMP_NUM_THREADS"] == "3" and 1 <= len(slots()) <= 12
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert [slot["OMP_NUM_THREADS"] for slot in slots(5)] == ["1"] * 5
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots()] == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(3)] == ["3", "5", "3"]
+
+
+# --- killed ---------------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import sys
+from effad_lib.sweeps import SweepSettings, run_sweep
+run_sweep(SweepSettings(sweep="mine", runs=sys.argv[1], workers=3), notebooks=sys.argv[2])
+"""
+
+
+def processes_of(folder):
+    """The processes, of any session, that name a folder on their command line or have a file of it open."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            told = (place / "cmdline").read_bytes().decode(errors="replace")
+            files = [os.readlink(link) for link in (place / "fd").iterdir()]
+        except OSError:
+            continue
+        if str(folder) in told or any(file.startswith(str(folder)) for file in files):
+            found.add(int(place.name))
+    return found - {os.getpid()}
+
+
+def owner_of(folder):
+    """The process that holds a sweep, or held it last."""
+    owner = Lock(folder / "sweep.lock").owner
+    return owner and owner.pid
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks for processes in /proc")
+def test_killed_at_any_moment_a_sweep_ends_as_if_undisturbed(counting, tmp_path):
+    arguments = counting("parameters: {count: 60, seconds: 9.0}\nseeds: [1, 2, 3]", workers=3)
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "runs"), str(arguments["notebooks"])]
+    rng, folder = random.Random(7), tmp_path / "runs" / "mine"
+    moments = []
+    for number in range(10):
+        process = subprocess.Popen(command, cwd=PROJECT, start_new_session=True, stdout=subprocess.DEVNULL)
+        # From the moment at which it has the lock: planning only reads, and takes a while that depends on the machine.
+        wait_for(lambda process=process: process.poll() is not None or owner_of(folder) == process.pid)
+        moments.append(rng.uniform(0.0, 6.0))
+        time.sleep(moments[-1])
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        if number % 2:  # half of the times everything dies, half of the times only what a shell's job consists of
+            for pid in processes_of(folder):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        for path in folder.rglob("*.json"):
+            json.loads(path.read_text())
+    table = run_sweep(**arguments)
+    undisturbed = run_sweep(
+        **counting("parameters: {count: 60, seconds: 9.0}\nseeds: [1, 2, 3]", runs=str(tmp_path / "b"), workers=3)
+    )
+    columns = ["run", "state", "seed", "last", "sum", "notebook", "error"]
+    assert table["state"].tolist() == ["done"] * 3
+    pd.testing.assert_frame_equal(table[columns], undisturbed[columns])
+    assert pd.read_csv(folder / "summary.csv")["last"].tolist() == [numbers(seed, 60)[-1] for seed in (1, 2, 3)]
+    # It was killed in the middle of runs indeed, and what had been computed was not computed again.
+    resumed = [start for run in planned(arguments).runs for start in starts(run.folder) if start > 1]
+    assert len(resumed) >= 3, moments
+    assert not processes_of(folder)
+
+
+# --- on a cluster ---------------------------------------------------------------------------------------------------
+
+TRAINS = """from effad_lib.datasets import load_dataset
+from effad_lib.runs import Run
+from effad_lib.training import TrainingSettings, train
+settings = TrainingSettings.from_mapping({"device": "cpu", **dict(
+    run_folder=run_folder, dataset=dataset, data_root=data_root, size=size, image_size=image_size, steps=steps,
+    seed=seed, validate_every=validate_every, checkpoint_every=checkpoint_every)})
+detector = train(settings, load_dataset(dataset, root=data_root, seed=seed))
+weights = sum(value.double().sum().item() for value in detector.student.state_dict().values())
+Run(run_folder).finish({"weights": weights, "steps": detector.card["steps"], "seconds": detector.card["seconds"]})"""
+
+TRAINING = """run_folder = "runs/training"
+dataset = "folder"
+data_root = ""
+size = "XS"
+image_size = [64, 64]
+steps = 100
+seed = 0
+validate_every = 10
+checkpoint_every = 10"""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A scheduler and two workers on loopback, processes of their own: its address and the workers."""
+    pytest.importorskip("distributed")
+    dask, file = [sys.executable, "-m", "dask"], tmp_path / "scheduler.json"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
+    loopback = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--no-dashboard"]
+    scheduler = subprocess.Popen([*dask, "scheduler", *loopback, "--port", "0"], **quiet)
+    workers = []
+    try:
+        wait_for(file.exists)
+        options = [*loopback, "--nthreads", "1", "--no-nanny", "--resources", "GPU=1"]
+        environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+        workers = [subprocess.Popen([*dask, "worker", *options], **quiet, env=environment) for _ in range(2)]
+        from distributed import Client
+
+        address = json.loads(file.read_text())["address"]
+        with Client(address, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=60)
+        yield address, workers
+    finally:
+        for process in [*workers, scheduler]:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_nothing_but_time(cluster, tmp_path, picture, capsys):
+    """Its run goes on elsewhere from the last checkpoint, and ends bit for bit as if nothing had happened."""
+    address, workers = cluster
+    for index in range(13):
+        picture(tmp_path / "data" / f"{index}.png", size=(64, 64), seed=index)
+    folder = tmp_path / "notebooks"
+    notebook(folder / "03_training.ipynb", TRAINING, TRAINS)
+    text = f"notebooks: [03_training]\nparameters: {{data_root: {tmp_path / 'data'}, steps: 400}}\nseeds: [1, 2]"
+    (folder / "sweeps").mkdir()
+    (folder / "sweeps" / "mine.yaml").write_text(text)
+    settings = SweepSettings(sweep="mine", runs=str(tmp_path / "runs"), scheduler=address)
+    runs = load_sweep("mine", runs=tmp_path / "runs", notebooks=folder).runs
+    killed = []
+
+    def kill():
+        history = runs[0].folder / "history.csv"
+        wait_for(lambda: history.exists() and len(history.read_text().splitlines()) > 5)
+        process = Lock(runs[0].folder / "run.log").owner.pid
+        (worker,) = [w for w in workers if w.pid == int(Path(f"/proc/{process}/stat").read_text().split()[3])]
+        worker.kill()
+        killed.append(len(history.read_text().splitlines()))
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    table = run_sweep(settings, notebooks=folder).set_index("run")
+    thread.join()
+    assert killed and table["state"].tolist() == ["done", "done"]
+    assert "2 workers on tcp://127.0.0.1" in capsys.readouterr().out.splitlines()[0]
+    hosts = [line for line in (runs[0].folder / "run.log").read_text().splitlines() if line.startswith('{"host"')]
+    assert len(hosts) == 2, "the run was started again"
+    here = run_sweep(SweepSettings(sweep="mine", runs=str(tmp_path / "here"), threads=1), notebooks=folder).set_index(
+        "run"
+    )
+    assert table["weights"].to_dict() == here["weights"].to_dict()
+    assert (table["steps"] == 400).all()
+    board = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "runs" / "mine"))  # as `tensorboard --logdir` does
+    assert {name.split("/")[0] for name in board.Runs()} == {"seed1", "seed2"}
+
+
+def test_a_task_runs_for_its_sweep_alone(counting):
+    """On a machine that does not share the folder it is refused; when the sweep lets go, it stops and saves."""
+    sweep = planned(counting("parameters: {count: 40, seconds: 30.0}\nseeds: [1]"))
+    (run,) = sweep.runs
+    lock = Lock(sweep.folder / "sweep.lock").take()
+    lead = {"lock": str(lock.path), "owner": asdict(lock.owner)}
+    with pytest.raises(RunError, match="all machines have to share the folder"):
+        perform(run.order, lead | {"owner": {"host": "elsewhere"}})
+    with pytest.raises(RunError, match="all machines have to share the folder"):
+        perform(run.order, lead | {"lock": str(sweep.folder / "nowhere" / "sweep.lock")})
+
+    def let_go():
+        wait_for((run.folder / "history.csv").exists)
+        lock.leave()
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    assert perform(run.order, lead) == "stopped" and state_of(run) == "stopped"
+    thread.join()
+    assert 1 < len(json.loads((run.folder / "checkpoint.json").read_text())) < 41
+
+
+def test_a_process_of_another_library_is_told_so(counting):
+    (run,) = planned(counting("seeds: [1]")).runs
+    told = run.order
+    told["tasks"][0][2] = told["tasks"][0][2] | {"effad": "9.9"}
+    with pytest.raises(RunError, match=r"counting.ipynb differs here \(effad\): all machines need the same"):
+        tasks_of(told)
+
+
+def test_a_scheduler_that_does_not_answer_or_is_no_address_is_an_error(counting, monkeypatch):
+    pytest.importorskip("distributed")
+    with pytest.raises(SettingsError, match=r"scheduler = 'nonsense://1': takes an address such as tcp"):
+        run_sweep(**counting("seeds: [1]", scheduler="nonsense://1"))
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(RunError, match=r"pip install .*effad\[cluster\]"):
+        run_sweep(**counting("seeds: [1]", scheduler="tcp://127.0.0.1:1"))
+
+
+def test_the_public_face_has_what_notebook_and_command_line_use():
+    assert cores() >= 1 and all(hasattr(sweeps, name) for name in sweeps.__all__)
+    assert isinstance(Run("runs/nothing").done, bool)
