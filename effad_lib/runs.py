@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from effad_lib.settings import Settings
@@ -145,6 +144,8 @@ class Run:
 
     def save_checkpoint(self, name: str, state: dict[str, Any]) -> Path:
         """Save `state` (tensors and plain types only) as `checkpoints/<name>.pt`, whole or not at all."""
+        import torch  # which files alone, and an exported model, do without
+
         buffer = io.BytesIO()
         torch.save(state, buffer)
         return write_bytes(self.folder / "checkpoints" / f"{name}.pt", buffer.getbuffer())
@@ -154,6 +155,8 @@ class Run:
         path = self.folder / "checkpoints" / f"{name}.pt"
         if not path.is_file():
             return None
+        import torch
+
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:

@@ -7,17 +7,15 @@ import difflib
 import math
 import types
 import typing
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 NOTEBOOK_NAMES = frozenset({"In", "Out", "exit", "quit", "open", "get_ipython"})
 
-PRECISIONS: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""Names of torch's types in which networks may be trained."""
 
 
 class SettingsError(ValueError):
@@ -124,6 +122,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
     Raises `SettingsError` if the named device is not there.
     """
+    import torch  # which settings alone, and an exported model, do without
+
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(device for device in ("cuda", "mps", "cpu") if there[device])

@@ -15,7 +15,7 @@ import yaml
 from effad_lib.runs import PROJECT
 
 ROOMS = (
-    "settings progress images runs synthesis networks metrics losses backbones datasets detector distillation "
+    "settings progress reading images runs synthesis networks metrics losses backbones datasets detector distillation "
     "calibration training plots charts diagrams evaluation probing detection viewer profiles batch published reports "
     "cli"
 ).split()
