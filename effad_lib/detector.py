@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effad_lib import __version__
-from effad_lib.images import Size, check_size
+from effad_lib.engines import Inspection
+from effad_lib.images import Size, check_size, to_float
 from effad_lib.networks import PDN, Autoencoder, Normalise
 from effad_lib.runs import write_bytes
 from effad_lib.settings import SettingsError
@@ -84,6 +86,17 @@ class EfficientAD(nn.Module):
         maps = 0.1 * (maps - low) / (high - low).clamp(min=1e-8)
         student_teacher, student_autoencoder = maps.split(1, dim=1)
         return AnomalyMaps(0.5 * student_teacher + 0.5 * student_autoencoder, student_teacher, student_autoencoder)
+
+    def inspect(self, images: np.ndarray) -> Inspection:
+        """Return maps and scores of images uint8 [N, 3, H, W] as arrays; the detector is in evaluation mode then."""
+        with torch.inference_mode():
+            found = self.eval()(to_float(torch.from_numpy(np.ascontiguousarray(images)).to(self.device)))
+            return Inspection(*(maps[:, 0].cpu().numpy() for maps in found), found.score.cpu().numpy())
+
+    @property
+    def input_size(self) -> Size:
+        """The size to which an image is brought before it is inspected: the one that the detector is trained for."""
+        return self.image_size
 
     @property
     def device(self) -> torch.device:

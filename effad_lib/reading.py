@@ -1,4 +1,4 @@
-"""Image files in: found, read, checked, resized, as arrays. Nothing here needs torch, as exported models run without."""
+"""Image files in: found, read, checked, resized, as arrays; without torch, as exported models run without it."""
 
 from __future__ import annotations
 
@@ -77,14 +77,25 @@ def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
     given, for sides below 64 pixels: enlarging would invent what the networks are to judge.
     """
     with _opened(path, "an image") as image:
-        if size is not None and min(image.size) < SMALLEST:
-            raise ImageError(
-                f"{path}: {image.width}×{image.height} pixels are too small; each side takes {SMALLEST} or more."
-            )
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        if size is not None and image.size != (size[1], size[0]):
-            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        return np.array(image).transpose(2, 0, 1)
+        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1)
+    try:
+        return pixels if size is None else fitted(pixels, size)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
+
+
+def fitted(image: np.ndarray, size: Size | None) -> np.ndarray:
+    """Return an image uint8 [3, H, W] resized to `size`, antialiased bilinear; None leaves its size.
+
+    Raises `ImageError` for sides below 64 pixels: enlarging would invent what the networks are to judge.
+    """
+    height, width = image.shape[1:]
+    if min(height, width) < SMALLEST:
+        raise ImageError(f"{width}×{height} pixels are too small; each side takes {SMALLEST} or more.")
+    if size is None or (height, width) == tuple(size):
+        return image
+    picture = Image.fromarray(image.transpose(1, 2, 0))
+    return np.array(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
 
 def image_size(path: str | Path) -> Size:

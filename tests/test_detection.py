@@ -190,14 +190,14 @@ def test_a_full_disk_keeps_the_old_results(small_detector, picture, tmp_path, mo
 def test_ctrl_c_keeps_the_scores_so_far(small_detector, picture, tmp_path, monkeypatch):
     for index in range(3):
         picture(tmp_path / "images" / f"{index}.png", seed=index)
-    done = detection._detect_one
+    done = detection.detect_one
 
     def interrupted(detector, path, *rest):
         if path.name == "2.png":
             raise KeyboardInterrupt
         return done(detector, path, *rest)
 
-    monkeypatch.setattr(detection, "_detect_one", interrupted)
+    monkeypatch.setattr(detection, "detect_one", interrupted)
     with pytest.raises(KeyboardInterrupt, match="2 of 3 images are done"):
         detect(small_detector, tmp_path / "images", tmp_path / "out")
     with open(tmp_path / "out" / "scores.csv", newline="") as file:

@@ -15,9 +15,9 @@ import yaml
 from effad_lib.runs import PROJECT
 
 ROOMS = (
-    "settings progress reading images runs synthesis networks metrics losses backbones datasets detector distillation "
-    "calibration training plots charts diagrams evaluation probing detection viewer profiles batch published reports "
-    "cli"
+    "settings progress reading images runs synthesis networks metrics losses backbones datasets engines detector "
+    "distillation calibration training plots charts diagrams evaluation probing tiling detection watching export "
+    "latency viewer profiles batch published reports cli"
 ).split()
 """The rooms of effad_lib, ground floor first: each may import only those before it."""
 
