@@ -107,9 +107,9 @@ def detect(
                 continue
             rows.append((name.as_posix(), score, detector.threshold, decision(detector, score), marked, ""))
     except KeyboardInterrupt:
-        _write_table(rows, out)
+        write_table(rows, out)
         raise KeyboardInterrupt(f"stopped: {len(rows)} of {len(found)} images are done, see {out}") from None
-    return _write_table(rows, out)
+    return write_table(rows, out)
 
 
 def _listed(images: Path, out: Path) -> dict[Path, Path]:
@@ -175,12 +175,12 @@ def detect_one(
     if wanted.save_maps:
         packed = io.BytesIO()
         np.save(packed, heat, allow_pickle=False)
-        write_bytes(_inside(out, "maps", f"{name}.npy"), packed.getvalue())
+        write_bytes(inside(out, "maps", f"{name}.npy"), packed.getvalue())
     marked = None if detector.pixel_threshold is None else heat > detector.pixel_threshold
     if wanted.save_masks:
         packed = io.BytesIO()
         Image.fromarray(marked.astype(np.uint8) * 255).save(packed, format="PNG")
-        write_bytes(_inside(out, "masks", f"{name}.png"), packed.getvalue())
+        write_bytes(inside(out, "masks", f"{name}.png"), packed.getvalue())
     # A dollar sign in a file's name would start mathematics in matplotlib.
     title = f"{name.as_posix()}: score {score:.3g}".replace("$", r"\$")
     # Below 0.1, the 99.5 % quantile of normal pixels, a threshold would stretch mere noise over the whole scale.
@@ -193,7 +193,7 @@ def detect_one(
         figure.savefig(drawn, format="png", dpi=100)
     finally:
         plt.close(figure)
-    write_bytes(_inside(out, "heatmaps", f"{name}.png"), drawn.getvalue())
+    write_bytes(inside(out, "heatmaps", f"{name}.png"), drawn.getvalue())
     return score, None if marked is None else float(marked.mean())
 
 
@@ -216,7 +216,7 @@ def resize_map(heat: np.ndarray, size: Size) -> np.ndarray:
     return heat
 
 
-def _inside(out: Path, kind: str, name: str) -> Path:
+def inside(out: Path, kind: str, name: str) -> Path:
     """Return the path of a result; `ImageError` if a link in `out` would lead it elsewhere."""
     path = out / kind / name
     if not path.parent.resolve().is_relative_to(out.resolve()):
@@ -224,7 +224,8 @@ def _inside(out: Path, kind: str, name: str) -> Path:
     return path
 
 
-def _write_table(rows: list[tuple], out: Path) -> pd.DataFrame:
+def write_table(rows: list[tuple], out: Path) -> pd.DataFrame:
+    """Write `scores.csv` and return what it holds."""
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"score": float, "threshold": float, "marked": float})
     write_text(out / "scores.csv", table.to_csv(index=False))
     return table

@@ -91,7 +91,7 @@ class Exported:
             takes = "any height and width" if self.input_size is None else "{}×{}".format(*self.input_size)
             raise SettingsError(
                 f"images of shape {images.shape}: this export takes [N, 3, height, width] with {takes}. Resize them, "
-                f"or export with --image-size dynamic."
+                f"or export with --any-size."
             )
         if images.dtype == np.uint8:
             images = images.astype(np.float32) / 255

@@ -46,14 +46,19 @@ def find_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ImageError(f"{folder}: there is no such folder. Give a folder of images ({', '.join(sorted(SUFFIXES))}).")
-    found = list(_images_below(folder, folder.resolve()))
+    found = list(images_below(folder))
     if not found:
         raise ImageError(f"{folder}: no image below this folder. Known endings: {', '.join(sorted(SUFFIXES))}.")
     return found
 
 
-def _images_below(folder: Path, root: Path) -> Iterator[Path]:
-    """Yield image files in the order of their names: a million of them in seconds, so only links are looked up."""
+def images_below(folder: Path, root: Path | None = None) -> Iterator[Path]:
+    """Yield image files in the order of their names: a million of them in seconds, so only links are looked up.
+
+    Links that lead out of `root`, by default the folder itself, are left out. Raises `ImageError` for a folder that
+    cannot be listed.
+    """
+    root = root or folder.resolve()
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -62,7 +67,7 @@ def _images_below(folder: Path, root: Path) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from _images_below(folder / entry.name, root)
+            yield from images_below(folder / entry.name, root)
         elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():
             path = folder / entry.name
             if not entry.is_symlink() or path.resolve().is_relative_to(root):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,12 @@ def detect_options(parser: argparse.ArgumentParser) -> None:
         help="do not resize images to the model's size but cut them into tiles of it that overlap by so many pixels, "
         "40 or more; for models trained on pieces of images at full resolution",
     )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="go on until Ctrl-C: each image that comes into the folder is judged once, with a results/<name>.json "
+        "written last; started again, it continues",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps or gpu, by what runs it (default: auto)")
 
 
@@ -121,8 +128,19 @@ def detect(options: argparse.Namespace) -> int:
     from effad_lib.reading import ImageError
 
     detector = detection.open_model(Path(options.model).expanduser(), options.device)
-    wanted = {name: getattr(options, name) for name in ("masks", "save_maps", "save_masks", "tile_overlap")}
-    table = detection.detect(detector, options.images, options.out, **wanted)
+    wanted = {name: getattr(options, name) for name in ("save_maps", "save_masks", "tile_overlap")}
+    if options.watch:
+        from effad_lib import watching
+        from effad_lib.settings import SettingsError
+
+        if options.masks:
+            raise SettingsError("--masks: of images that are still to come no truth is known. Leave it out.")
+        print(f"watching {options.images}; results in {options.out}; Ctrl-C ends it", flush=True)
+        say = functools.partial(print, flush=True)
+        count = watching.watch(detector, options.images, options.out, detection.Wanted(**wanted), report=say)
+        print(f"{count} images judged; all results: {Path(options.out) / 'scores.csv'}")
+        return 0
+    table = detection.detect(detector, options.images, options.out, masks=options.masks, **wanted)
     left_out = int((table["error"] != "").sum())
     if left_out == len(table):
         raise ImageError(f"none of {len(table)} images could be read; see {Path(options.out) / 'scores.csv'}.")

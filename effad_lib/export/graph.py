@@ -39,9 +39,11 @@ class Deployed(nn.Module):
 
 
 def resize(images: Tensor, size: Size) -> Tensor:
-    """Resize images [N, 3, H, W] in [0, 1] as Pillow does: antialiased bilinear, columns first, each rounded to 8 bits.
+    """Resize images [N, 3, H, W] in [0, 1] as Pillow does: antialiased bilinear, width first, each rounded to 8 bits.
 
-    Written as two matrix products, which every runtime has, of sizes that need not be known beforehand.
+    Written as two matrix products, which every runtime has, of sizes that need not be known beforehand. Where an image
+    shrinks, two colour values in a thousand are one step of 8 bits off Pillow's; where one side grows and the other
+    shrinks, recent versions of Pillow start with the height, and a quarter are.
     """
     height, width = images.shape[-2:]
     if (height, width) == tuple(size):
@@ -114,4 +116,13 @@ def to_onnx(
             output_names=list(OUTPUTS),
             verbose=False,
         )
-    return program.model_proto
+    return _bare(program.model_proto)
+
+
+def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph without the traces of its making, which name files of this machine."""
+    parts = [model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info]
+    for part in (*parts, *model.graph.initializer):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+    return model

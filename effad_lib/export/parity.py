@@ -34,7 +34,7 @@ TOLERANCES = {
 """By precision."""
 
 RESIZED = Tolerance(0.05, 0.02, 0.005)
-"""At least this where images are resized inside: of some hundred colour values one is rounded otherwise by Pillow."""
+"""At least this where images are resized inside: Pillow rounds some colour values otherwise, see `resize`."""
 
 
 @dataclass(frozen=True)
