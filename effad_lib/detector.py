@@ -105,13 +105,16 @@ class EfficientAD(nn.Module):
 
     def save(self, path: str | Path, card: dict[str, Any] | None = None) -> Path:
         """Save weights and card in one safetensors file, whole or not at all; the card is readable JSON metadata."""
-        card = (self.card if card is None else card) | {name: getattr(self, name) for name in CARD_FIELDS}
-        card |= {"threshold": self.threshold, "pixel_threshold": self.pixel_threshold}
-        card |= {"calibration": self.calibration, "effad": __version__}
-        self.card = json.loads(json.dumps(card))
+        self.card = json.loads(json.dumps(self.card_now(card)))
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         metadata = {"effad_card": json.dumps(self.card)}
         return write_bytes(path, save(weights, metadata))
+
+    def card_now(self, card: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the card with what the detector is now: its size, thresholds and what they were chosen from."""
+        card = (self.card if card is None else card) | {name: getattr(self, name) for name in CARD_FIELDS}
+        card |= {"threshold": self.threshold, "pixel_threshold": self.pixel_threshold}
+        return card | {"calibration": self.calibration, "effad": __version__}
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> EfficientAD:

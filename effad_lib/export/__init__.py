@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -32,10 +33,13 @@ __all__ = [
     "ExportSettings",
     "Parity",
     "compare",
+    "convert",
     "export",
     "in_half",
     "quantise",
+    "record",
     "resize",
+    "save",
     "to_onnx",
     "tolerance_of",
     "with_defects",
@@ -113,23 +117,19 @@ def export(
     good = [fitted(read_image(file), input_size) for file in _spread(files, settings.compare)]
     defective = with_defects(good)
 
-    model = to_onnx(
+    graph = to_onnx(
         detector,
         half=settings.precision == "float16",
         batch=settings.batch,
         input_size=input_size,
         opset=settings.opset,
     )
-    if settings.to == "openvino":
-        model = _converted(model)
-    if settings.precision == "int8":
-        # Of good images alone the ranges would clip a defect: on solar cells scores were up to 33 % off, not 3 %.
-        seen = np.concatenate([images, np.stack(with_defects(images, seed=1000))])
-        model = quantise(model, seen.astype(np.float32) / 255, settings.to, settings.batch)
-    card = detector.card | {"export": _record(settings, input_size, path)}
+    model = convert(graph, settings, images)
+    made_from = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    card = detector.card_now() | {"export": record(settings, input_size) | made_from}
     limits = tolerance_of(settings.precision, input_size != detector.image_size)
     with tempfile.TemporaryDirectory() as folder:
-        exported = load_exported(_save(model, card, Path(folder) / target.name), "cpu")
+        exported = load_exported(save(model, card, Path(folder) / target.name), "cpu")
         found = compare(detector, exported, good, defective, limits)
     if found.faults and not force:
         raise ExportError(
@@ -137,7 +137,20 @@ def export(
             f"precision, give more good images (--normals) for INT8, or keep it as it is: --force.\n{found.as_text()}"
         )
     card["export"]["parity"] = found.as_card() | {"runtime": exported.runtime, "forced": bool(found.faults)}
-    return _save(model, card, target), found
+    return save(model, card, target), found
+
+
+def convert(graph: Any, settings: ExportSettings, images: np.ndarray) -> Any:
+    """Return a graph of `to_onnx` as a model of the wanted kind and precision; the graph itself stays as it is.
+
+    `images` uint8 [N, 3, H, W] are good ones of the size that the graph takes, which INT8 is calibrated on.
+    """
+    model = _to_openvino(graph) if settings.to == "openvino" else copy.deepcopy(graph)
+    if settings.precision != "int8":
+        return model
+    # Of good images alone the ranges would clip a defect: on solar cells scores were up to 33 % off, not 3 %.
+    seen = np.concatenate([images, np.stack(with_defects(images, seed=1000))])
+    return quantise(model, seen.astype(np.float32) / 255, settings.to, settings.batch)
 
 
 def _model_of(source: Path) -> Path:
@@ -166,8 +179,8 @@ def _spread(files: Sequence[Path], count: int) -> list[Path]:
     return [files[place] for place in places]
 
 
-def _record(settings: ExportSettings, input_size: Size | None, path: Path) -> dict[str, Any]:
-    """Return what an export was made of and with, for its card."""
+def record(settings: ExportSettings, input_size: Size | None) -> dict[str, Any]:
+    """Return how and with what an export is made, for its card."""
     packages = ("torch", *NEEDED[settings.to], *(("nncf",) if settings.precision == "int8" else ()))
     return {
         "to": settings.to,
@@ -175,7 +188,6 @@ def _record(settings: ExportSettings, input_size: Size | None, path: Path) -> di
         "batch": settings.batch or None,
         "input_size": input_size and list(input_size),
         "opset": settings.opset,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "versions": {package: importlib.metadata.version(package) for package in packages},
     }
 
@@ -204,7 +216,7 @@ def _check_opset(settings: ExportSettings) -> None:
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [values[0]], [values[1]])
     probe = helper.make_model(graph, opset_imports=[helper.make_opsetid("", settings.opset)], ir_version=10)
     if settings.to == "openvino":
-        _converted(probe)
+        _to_openvino(probe)
         return
     import onnxruntime
 
@@ -219,7 +231,7 @@ def _check_opset(settings: ExportSettings) -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _converted(model: Any) -> Any:
+def _to_openvino(model: Any) -> Any:
     """Return an ONNX model as one of OpenVINO."""
     import openvino
 
@@ -229,7 +241,7 @@ def _converted(model: Any) -> Any:
         return openvino.convert_model(path)
 
 
-def _save(model: Any, card: dict[str, Any], target: Path) -> Path:
+def save(model: Any, card: dict[str, Any], target: Path) -> Path:
     """Write a model with its card, whole or not at all."""
     text = json.dumps(card)
     if target.suffix == ".onnx":
