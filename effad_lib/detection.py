@@ -163,7 +163,7 @@ def detect_one(
 
     Raises `ImageError` if it cannot be read, and else as `detect`.
     """
-    image = read_image(path)
+    image = read_image(path, levels=detector.levels)
     mask = None if truth is None else read_mask(truth, image.shape[1:])
     try:
         found = inspect_one(detector, image, wanted.tile_overlap)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from effad_lib import __version__
 from effad_lib.engines import Inspection
-from effad_lib.images import Size, check_size, to_float
+from effad_lib.images import Levels, Size, check_levels, check_size, to_float
 from effad_lib.networks import PDN, Autoencoder, Normalise
 from effad_lib.runs import write_bytes
 from effad_lib.settings import SettingsError
@@ -53,6 +53,7 @@ class EfficientAD(nn.Module):
         self.teacher = PDN(size, channels, padding).requires_grad_(False)
         self.student = PDN(size, 2 * channels, padding)
         self.autoencoder = Autoencoder(size, channels, padding)
+        self.levels: Levels | None = None  # of 16-bit images, see `images.read_image`
         self.threshold: float | None = None  # of the image score
         self.pixel_threshold: float | None = None  # of the combined map
         self.calibration: dict[str, Any] = {}  # what the thresholds were chosen from, see `calibration`
@@ -114,6 +115,7 @@ class EfficientAD(nn.Module):
         """Return the card with what the detector is now: its size, thresholds and what they were chosen from."""
         card = (self.card if card is None else card) | {name: getattr(self, name) for name in CARD_FIELDS}
         card |= {"threshold": self.threshold, "pixel_threshold": self.pixel_threshold}
+        card |= {"levels": list(self.levels or ())}
         return card | {"calibration": self.calibration, "effad": __version__}
 
     @classmethod
@@ -133,6 +135,7 @@ class EfficientAD(nn.Module):
             raise SettingsError(
                 f"model {path}: not a whole effad model ({reason}). Train or fetch it again."
             ) from error
+        detector.levels = check_levels(card.get("levels", ()))
         detector.card, detector.threshold = card, card["threshold"]
         detector.pixel_threshold, detector.calibration = card.get("pixel_threshold"), card.get("calibration", {})
         return detector.eval().to(device)

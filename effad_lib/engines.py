@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from effad_lib.reading import Size
+from effad_lib.reading import Levels, Size, check_levels
 from effad_lib.settings import SettingsError, nearest
 
 OUTPUTS = ("combined", "student_teacher", "student_autoencoder", "score")
@@ -37,12 +37,13 @@ class Inspector(Protocol):
     """Whatever can judge images: an `EfficientAD` or an `Exported` one.
 
     `image_size` is the size that the networks work at; `input_size` the one to which an image is brought before, None
-    where the model itself resizes whatever it gets. `inspect` takes images uint8 [N, 3, H, W].
+    where the model itself resizes whatever it gets; `levels` are those of 16-bit images, see `read_image`.
     """
 
     card: dict[str, Any]
     image_size: Size
     input_size: Size | None
+    levels: Levels | None
     threshold: float | None
     pixel_threshold: float | None
 
@@ -61,6 +62,7 @@ class Exported:
             self.threshold, self.pixel_threshold = self.card["threshold"], self.card["pixel_threshold"]
             self.calibration = self.card["calibration"]
             self.input_size = None if made["input_size"] is None else tuple(made["input_size"])
+            self.levels = check_levels(self.card["levels"])
             self.batch: int | None = made["batch"]
         except (ImportError, SettingsError):
             raise

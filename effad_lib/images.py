@@ -16,11 +16,14 @@ from torch.nn import functional as F
 
 from effad_lib.progress import progress
 from effad_lib.reading import (
+    ALL_LEVELS,
     SMALLEST,
     SUFFIXES,
     UNREADABLE,
     ImageError,
+    Levels,
     Size,
+    check_levels,
     check_size,
     find_images,
     image_size,
@@ -30,13 +33,16 @@ from effad_lib.reading import (
 )
 
 __all__ = [
+    "ALL_LEVELS",
     "SMALLEST",
     "SUFFIXES",
     "UNREADABLE",
     "ImageError",
+    "Levels",
     "NaturalImages",
     "Size",
     "augment_colour",
+    "check_levels",
     "check_size",
     "find_images",
     "image_size",
@@ -53,8 +59,10 @@ GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 """Luma of ITU-R BT.601, the grey of torchvision's transforms."""
 
 
-def load_images(paths: Sequence[str | Path], size: Size, *, description: str = "reading images") -> Tensor:
-    """Decode images once, in parallel, into memory.
+def load_images(
+    paths: Sequence[str | Path], size: Size, *, levels: Levels | None = None, description: str = "reading images"
+) -> Tensor:
+    """Decode images once, in parallel, into memory; `levels` as in `read_image`.
 
     Returns uint8 [N, 3, H, W], in the order of `paths`. Raises `ImageError` for the first that cannot be read.
     """
@@ -62,7 +70,7 @@ def load_images(paths: Sequence[str | Path], size: Size, *, description: str = "
     images = torch.empty((len(paths), 3, *size), dtype=torch.uint8)
 
     def read(index: int) -> None:
-        images[index] = torch.from_numpy(read_image(paths[index], size))
+        images[index] = torch.from_numpy(read_image(paths[index], size, levels))
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for _ in progress(pool.map(read, range(len(paths))), total=len(paths), desc=description, leave=False):

@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from effad_lib.datasets import Sample
+from effad_lib.detection import inspect_one
 from effad_lib.detector import EfficientAD
-from effad_lib.engines import load_exported
+from effad_lib.engines import Inspector, load_exported
 from effad_lib.export import ExportSettings, convert, in_half, record, save, to_onnx
-from effad_lib.images import Size, check_size
+from effad_lib.images import Size, check_size, read_image
+from effad_lib.metrics import image_auroc
 from effad_lib.networks import check_network
+from effad_lib.reading import fitted
 from effad_lib.settings import Settings, pick_device
 
 PRECISIONS = ("float32", "float16", "int8")
@@ -43,12 +47,12 @@ class LatencySettings(Settings):
 
     run_folder: str = "runs/training"  # of an evaluated run, whose exports are tested on its own test images
     more_runs: list[str] = ()  # further evaluated runs, such as one of size S, for accuracy against latency
-    sizes: list[str] = ("XS", "S", "M")  # whose latency is measured, with random weights
+    sizes: list[str] = ("S", "M")  # whose latency is measured, with random weights
     image_size: list[int] = (96, 96)  # height and width in pixels for that; the paper's is 256 256
     batches: list[int] = (1, 16)  # images at a time
     seconds: float = 0.4  # to measure each case for, three calls at least
     longest: float = 1.0  # cases whose call takes more seconds than this are left out
-    compiled: bool = True  # also torch.compile, which takes half a minute for each size and wants a C++ compiler
+    compiled: list[int] = (1,)  # batches for torch.compile: half a minute for each and each size; a C++ compiler
     threads: int = 0  # of the CPU for every engine; 0 takes all cores
     device: str = "auto"
 
@@ -56,7 +60,8 @@ class LatencySettings(Settings):
         for size in self.sizes:
             check_network(size)
         check_size(self.image_size)
-        self.require(all(batch >= 1 for batch in self.batches), "batches", "numbers of at least 1")
+        for name in ("batches", "compiled"):
+            self.require(all(batch >= 1 for batch in getattr(self, name)), name, "numbers of at least 1")
         self.require(self.seconds > 0, "seconds", "a number above 0")
         self.require(self.longest > 0, "longest", "a number above 0")
         self.require(self.threads >= 0, "threads", "a number of threads, or 0 for all cores")
@@ -81,9 +86,8 @@ def contenders(
     detector, on_gpu = detector.eval(), detector.device.type == "cuda"
     torches = {"float32": detector} | ({"float16": in_half(detector)} if on_gpu else {})
     found: dict[Key, Call] = {("torch", name): _in_torch(model) for name, model in torches.items()}
-    if compiled and (on_gpu or shutil.which(os.environ.get("CXX", "g++"))):
-        for name, model in torches.items():
-            found["torch.compile", name] = _in_torch(torch.compile(copy.deepcopy(model), dynamic=True))
+    for name, model in torches.items() if compiled and (on_gpu or shutil.which(os.environ.get("CXX", "g++"))) else ():
+        found["torch.compile", name] = _in_torch(torch.compile(copy.deepcopy(model)))
     graphs = {half: to_onnx(detector, half=half, input_size=detector.image_size) for half in (False, True)}
     for to, engine in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO")):
         for precision in PRECISIONS:
@@ -156,6 +160,20 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def accuracy(inspectors: Mapping[Key, Inspector], samples: Sequence[Sample], *, seconds: float = 0.5) -> pd.DataFrame:
+    """Let a model and its exports score the images of a test split, read as `effad detect` does, and time one of them.
+
+    Returns for each key median_ms, from an image of the network's size to maps and score, and image_auroc.
+    """
+    images = [read_image(sample.image, levels=next(iter(inspectors.values())).levels) for sample in samples]
+    labels = np.array([sample.label for sample in samples])
+    small = {key: fitted(images[0], one.image_size)[None] for key, one in inspectors.items()}
+    table = measure({key: lambda key=key: inspectors[key].inspect(small[key]) for key in inspectors}, seconds=seconds)
+    scores = {key: np.array([float(inspect_one(one, i).score[0]) for i in images]) for key, one in inspectors.items()}
+    table["image_auroc"] = [image_auroc(scores[key], labels) for key in inspectors]
+    return table[["median_ms", "image_auroc"]]
+
+
 def flop(detector: EfficientAD, size: Size) -> int:
     """Return the floating-point operations for one image: two for each multiplication with its addition."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -189,16 +207,18 @@ def grid(
     """
     calls, work = {}, {}
     for size, detector in detectors.items():
-        shape = (8, 3, *detector.image_size)
+        shape = (2, 3, *detector.image_size)
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         where = Path(folder) / size
-        found = contenders(detector, images, where, threads=settings.cores, compiled=settings.compiled)
+        found = contenders(detector, images, where, threads=settings.cores, compiled=bool(settings.compiled))
         if literal and size != "XS":  # which is not the paper's
             found = {("literal", "float32"): of_literal(literal, detector)} | found
         work[size] = flop(detector, detector.image_size)
         for batch in settings.batches:
             given = torch.rand((batch, *shape[1:]), device=detector.device)
             for (engine, precision), call in found.items():
+                if engine == "torch.compile" and batch not in settings.compiled:
+                    continue
                 calls[size, engine, precision, batch] = lambda call=call, given=given: call(given)
     best = peak(next(iter(detectors.values())).device)
     table = measure(calls, seconds=settings.seconds, longest=settings.longest)

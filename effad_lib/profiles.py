@@ -15,6 +15,7 @@ import yaml
 from effad_lib.datasets import load_dataset
 from effad_lib.distillation import DistillationSettings, load_teacher
 from effad_lib.evaluation import EvaluationSettings
+from effad_lib.latency import LatencySettings
 from effad_lib.runs import PROJECT, Run, from_project, resolve
 from effad_lib.settings import Settings, nearest
 from effad_lib.synthesis import SynthesisSettings
@@ -32,6 +33,7 @@ SETTINGS: dict[str, type[Settings]] = {
     TRAINING: TrainingSettings,
     "04_evaluation": EvaluationSettings,
     "05_viewer": ViewerSettings,
+    "07_export_and_latency": LatencySettings,
 }
 """Notebooks whose parameters are the fields of settings, or some of them: their values are checked beforehand."""
 

@@ -14,6 +14,12 @@ from PIL import Image, ImageOps
 Size = tuple[int, int]
 """Height and width in pixels."""
 
+Levels = tuple[float, float]
+"""Of a 16-bit grey image the values that become black (0) and white (255), linear in between, cut off beyond."""
+
+ALL_LEVELS: Levels = (0, 65535)
+"""For where only an image's shape counts."""
+
 SMALLEST = 64
 """The smallest image side in pixels that the autoencoder's encoder can reduce to one cell."""
 
@@ -21,6 +27,9 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 """Pillow's modes that become RGB without a guess."""
+
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+"""Pillow's modes of grey images that are read with `Levels`."""
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for a file that it cannot decode."""
@@ -74,15 +83,30 @@ def images_below(folder: Path, root: Path | None = None) -> Iterator[Path]:
                 yield path
 
 
-def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
+def check_levels(levels: Sequence[float]) -> Levels | None:
+    """Return levels as a pair, None for none. Raises `ImageError` unless they are two values, the first the lower."""
+    if len(levels) and not (len(levels) == 2 and levels[0] < levels[1]):
+        raise ImageError(f"levels {list(levels)}: takes the values of black and of white, the first the lower one.")
+    return (float(levels[0]), float(levels[1])) if len(levels) else None
+
+
+def read_image(path: str | Path, size: Size | None = None, levels: Levels | None = None) -> np.ndarray:
     """Read an image as RGB, upright by its EXIF tag, and resize it to `size` (antialiased bilinear).
 
-    Returns uint8 [3, H, W]. Eight-bit grey, palette and transparent images become RGB. Raises `ImageError` for files
-    that cannot be decoded, for 16-bit, float and CMYK images, whose conversion would be a guess, and, where a `size` is
-    given, for sides below 64 pixels: enlarging would invent what the networks are to judge.
+    Returns uint8 [3, H, W]. Eight-bit grey, palette and transparent images become RGB, the three channels of grey ones
+    equal; 16-bit grey ones are brought to 8 bits by `levels` first. Raises `ImageError` for files that cannot be
+    decoded, for 16-bit colour, float and CMYK images and 16-bit grey without `levels`, whose conversion would be a
+    guess, and, where a `size` is given, for sides below 64 pixels: enlarging would invent what the networks are to
+    judge.
     """
-    with _opened(path, "an image") as image:
-        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1)
+    with _opened(path, "an image", (*MODES, *SIXTEEN_BITS) if levels else MODES) as image:
+        upright = ImageOps.exif_transpose(image)
+        if image.mode in SIXTEEN_BITS:
+            low, high = levels
+            share = (np.asarray(upright, dtype=float) - low) / (high - low)
+            pixels = np.repeat(np.rint(255 * share.clip(0, 1)).astype(np.uint8)[None], 3, axis=0)
+        else:
+            pixels = np.array(upright.convert("RGB")).transpose(2, 0, 1)
     try:
         return pixels if size is None else fitted(pixels, size)
     except ImageError as error:
@@ -117,7 +141,7 @@ def _opened(path: str | Path, what: str, modes: tuple[str, ...] = MODES) -> Iter
     """Yield an image file of a supported mode, opened; what fails in opening or decoding it is an `ImageError`."""
     try:
         with Image.open(path) as image:
-            _check_mode(path, image, modes)
+            _check_mode(path, what, image, modes)
             yield image
     except ImageError:
         raise
@@ -125,12 +149,17 @@ def _opened(path: str | Path, what: str, modes: tuple[str, ...] = MODES) -> Iter
         raise ImageError(f"{path}: cannot be read as {what} ({error}). Replace or remove the file.") from error
 
 
-def _check_mode(path: str | Path, image: Image.Image, modes: tuple[str, ...]) -> None:
+def _check_mode(path: str | Path, what: str, image: Image.Image, modes: tuple[str, ...]) -> None:
     """Raise `ImageError` for modes whose conversion would be a guess, 16 bits a channel that Pillow hides included."""
+    grey = image.mode in SIXTEEN_BITS
     raw = " ".join(str(argument) for tile in image.tile for argument in tile[1:])
-    mode = "16 bits a channel" if ";16" in raw else image.mode
+    mode = "16 bits a channel" if ";16" in raw and not grey else image.mode
     if mode not in modes:
-        raise ImageError(f"{path}: image mode {mode} is not supported. Save it as 8-bit RGB or 8-bit grey first.")
+        levels = (
+            "Name the values of black and white when you train, such as --levels 0 4095, or save" if grey else "Save"
+        )
+        remedy = levels if what == "an image" else "Save"
+        raise ImageError(f"{path}: image mode {mode} is not supported. {remedy} it as 8-bit RGB or 8-bit grey first.")
 
 
 def read_mask(path: str | Path, shape: Size | None = None, level: int = 128) -> np.ndarray:

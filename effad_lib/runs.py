@@ -124,7 +124,8 @@ class Run:
         path = self.folder / "parameters.yaml"
         if not path.is_file():
             return
-        old, new = yaml.safe_load(path.read_text(encoding="utf-8")) or {}, settings.as_dict()
+        new = settings.as_dict()
+        old = dict(settings.BEFORE) | (yaml.safe_load(path.read_text(encoding="utf-8")) or {})
         changed = {n for n in new.keys() | old.keys() if old.get(n) != new.get(n)} - settings.MAY_CHANGE
         what = [f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in sorted(changed)]
         for name, digest in (sources or {}).items():

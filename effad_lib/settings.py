@@ -41,6 +41,9 @@ class Settings:
     MAY_CHANGE: typing.ClassVar[frozenset[str]] = frozenset()
     """Names of fields that do not change a run's result: a run may be continued with others."""
 
+    BEFORE: typing.ClassVar[typing.Mapping[str, Any]] = types.MappingProxyType({})
+    """Of fields that were added later, the value that runs from before were made with, unasked."""
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):

@@ -184,7 +184,7 @@ def threshold(options: argparse.Namespace) -> int:
         folder = Path(options.normals).expanduser().resolve()
         files = find_images(folder)
         calibration.rank(len(files), rate, confidence)  # refused before any image is read
-        images = load_images(files, detector.image_size, description="reading normal images")
+        images = load_images(files, detector.image_size, levels=detector.levels, description="reading normal images")
         calibration.measure_normals(detector, images, source=folder.name, names=files)
     calibration.choose_thresholds(detector, rate, confidence)
     chosen = detector.calibration

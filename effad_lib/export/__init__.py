@@ -27,6 +27,7 @@ from effad_lib.runs import Run, RunError, write_bytes
 from effad_lib.settings import Settings, SettingsError
 
 __all__ = [
+    "SUFFIXES",
     "TOLERANCES",
     "Deployed",
     "ExportError",
@@ -113,8 +114,9 @@ def export(
         raise SettingsError(f"{path} has no threshold: calibrate it on held-out good images first.")
     files = _normals(Path(source), normals)
     input_size = settings.input_size(detector)
-    images = load_images(files, input_size or detector.image_size, description="reading good images").numpy()
-    good = [fitted(read_image(file), input_size) for file in _spread(files, settings.compare)]
+    size, levels = input_size or detector.image_size, detector.levels
+    images = load_images(files, size, levels=levels, description="reading good images").numpy()
+    good = [fitted(read_image(file, levels=levels), input_size) for file in _spread(files, settings.compare)]
     defective = with_defects(good)
 
     graph = to_onnx(
