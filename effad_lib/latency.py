@@ -48,20 +48,22 @@ class LatencySettings(Settings):
     run_folder: str = "runs/training"  # of an evaluated run, whose exports are tested on its own test images
     more_runs: list[str] = ()  # further evaluated runs, such as one of size S, for accuracy against latency
     sizes: list[str] = ("S", "M")  # whose latency is measured, with random weights
-    image_size: list[int] = (96, 96)  # height and width in pixels for that; the paper's is 256 256
+    image_size: list[int] = (64, 64)  # height and width in pixels for that; the paper's is 256 256
     batches: list[int] = (1, 16)  # images at a time
-    seconds: float = 0.4  # to measure each case for, three calls at least
+    seconds: float = 0.3  # to measure each case for, three calls at least
     longest: float = 1.0  # cases whose call takes more seconds than this are left out
-    compiled: list[int] = (1,)  # batches for torch.compile: half a minute for each and each size; a C++ compiler
+    compiled: list[str] = ("S",)  # sizes for torch.compile, at the first of the batches; half a minute for each
+    most_images: int = 70  # of the test images, evenly spread, for accuracy against latency
     threads: int = 0  # of the CPU for every engine; 0 takes all cores
     device: str = "auto"
 
     def check(self) -> None:
-        for size in self.sizes:
+        for size in (*self.sizes, *self.compiled):
             check_network(size)
         check_size(self.image_size)
-        for name in ("batches", "compiled"):
-            self.require(all(batch >= 1 for batch in getattr(self, name)), name, "numbers of at least 1")
+        self.require(len(self.batches) > 0, "batches", "at least one number")
+        self.require(all(batch >= 1 for batch in self.batches), "batches", "numbers of at least 1")
+        self.require(self.most_images >= 1, "most_images", "a number of at least 1")
         self.require(self.seconds > 0, "seconds", "a number above 0")
         self.require(self.longest > 0, "longest", "a number above 0")
         self.require(self.threads >= 0, "threads", "a number of threads, or 0 for all cores")
@@ -210,14 +212,14 @@ def grid(
         shape = (2, 3, *detector.image_size)
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         where = Path(folder) / size
-        found = contenders(detector, images, where, threads=settings.cores, compiled=bool(settings.compiled))
+        found = contenders(detector, images, where, threads=settings.cores, compiled=size in settings.compiled)
         if literal and size != "XS":  # which is not the paper's
             found = {("literal", "float32"): of_literal(literal, detector)} | found
         work[size] = flop(detector, detector.image_size)
         for batch in settings.batches:
             given = torch.rand((batch, *shape[1:]), device=detector.device)
             for (engine, precision), call in found.items():
-                if engine == "torch.compile" and batch not in settings.compiled:
+                if engine == "torch.compile" and batch != settings.batches[0]:  # it would compile anew
                     continue
                 calls[size, engine, precision, batch] = lambda call=call, given=given: call(given)
     best = peak(next(iter(detectors.values())).device)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import importlib
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def quantise(model: Any, images: np.ndarray, to: str, batch: int) -> Any:
     filled = images[np.arange(count) % len(images)]
     batches = [filled[start : start + step] for start in range(0, count, step)]
     take = (lambda batch: {"images": batch}) if to == "onnx" else (lambda batch: batch)
-    with contextlib.redirect_stdout(io.StringIO()):  # bars of NNCF's own
+    with _without_bars():
         return nncf.quantize(
             model,
             nncf.Dataset(batches, take),
@@ -50,6 +51,18 @@ def quantise(model: Any, images: np.ndarray, to: str, batch: int) -> Any:
             ),
             ignored_scope=nncf.IgnoredScope(types=TAIL[to], names=_first_layers(model, to), validate=False),
         )
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the bars of NNCF to itself: in a notebook each leaves a widget behind."""
+    console = importlib.import_module("rich").get_console()  # which NNCF draws them on
+    before = console.quiet, console.is_jupyter
+    console.quiet, console.is_jupyter = True, False
+    try:
+        yield
+    finally:
+        console.quiet, console.is_jupyter = before
 
 
 def _first_layers(model: Any, to: str) -> list[str]:
