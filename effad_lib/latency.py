@@ -153,7 +153,8 @@ def measure(calls: Mapping[tuple, Callable[[], object]], *, seconds: float, long
         else [np.nan, np.nan, 0]
         for key in calls
     }
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["median_ms", "p99_ms", "calls"])
+    index = pd.MultiIndex.from_tuples(list(rows))
+    return pd.DataFrame(list(rows.values()), index, columns=["median_ms", "p99_ms", "calls"])
 
 
 def _timed(call: Callable[[], object]) -> float:
@@ -173,7 +174,7 @@ def accuracy(inspectors: Mapping[Key, Inspector], samples: Sequence[Sample], *, 
     table = measure({key: lambda key=key: inspectors[key].inspect(small[key]) for key in inspectors}, seconds=seconds)
     scores = {key: np.array([float(inspect_one(one, i).score[0]) for i in images]) for key, one in inspectors.items()}
     table["image_auroc"] = [image_auroc(scores[key], labels) for key in inspectors]
-    return table[["median_ms", "image_auroc"]]
+    return table.rename_axis(["engine", "precision"])[["median_ms", "image_auroc"]]
 
 
 def flop(detector: EfficientAD, size: Size) -> int:
@@ -224,8 +225,7 @@ def grid(
                 calls[size, engine, precision, batch] = lambda call=call, given=given: call(given)
     best = peak(next(iter(detectors.values())).device)
     table = measure(calls, seconds=settings.seconds, longest=settings.longest)
-    table.index = pd.MultiIndex.from_tuples(table.index, names=["size", "engine", "precision", "batch"])
-    table = table.reset_index()
+    table = table.rename_axis(["size", "engine", "precision", "batch"]).reset_index()
     table["images_per_second"] = 1000 * table["batch"] / table["median_ms"]
     table["gflop"] = table["size"].map(work) / 1e9
     table["share_of_peak"] = 1e9 * table["gflop"] * table["images_per_second"] / best

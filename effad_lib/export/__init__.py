@@ -245,7 +245,7 @@ def _to_openvino(model: Any) -> Any:
 
 def save(model: Any, card: dict[str, Any], target: Path) -> Path:
     """Write a model with its card, whole or not at all."""
-    text = json.dumps(card)
+    text = json.dumps(card, allow_nan=False)
     if target.suffix == ".onnx":
         del model.metadata_props[:]
         model.metadata_props.add(key=CARD, value=text)

@@ -33,7 +33,7 @@ TOLERANCES = {
 }
 """By precision."""
 
-RESIZED = Tolerance(0.05, 0.02, 0.005)
+RESIZED = Tolerance(0.15, 0.03, 0.005)
 """At least this where images are resized inside: Pillow rounds some colour values otherwise, see `resize`."""
 
 
@@ -71,12 +71,12 @@ class Parity:
         return self.tolerance.score if name == "score" else self.tolerance.maps
 
     def as_card(self) -> dict[str, Any]:
-        """Return the figures as plain values, for the card of the export."""
+        """Return the figures as plain values for the card of the export; None for what is not finite."""
         return {
             "good_images": self.good,
             "synthetic_defects": self.defective,
-            "largest_difference": {name: absolute for name, (absolute, _) in self.differences.items()},
-            "largest_share": {name: relative for name, (_, relative) in self.differences.items()},
+            "largest_difference": {name: _finite(absolute) for name, (absolute, _) in self.differences.items()},
+            "largest_share": {name: _finite(relative) for name, (_, relative) in self.differences.items()},
             "auroc": {"model": self.auroc[0], "export": self.auroc[1]},
             "flipped_decisions": len(self.flipped),
             "tolerance": self.tolerance._asdict(),
@@ -93,6 +93,10 @@ class Parity:
         lines.append(f"{'decisions that flip':<24}{len(self.flipped):>10}{far}")
         lines.append(f"on {self.good} good images and {self.defective} with a synthetic defect")
         return "\n".join(lines)
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
 
 
 def _label(name: str) -> str:
