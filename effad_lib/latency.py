@@ -173,7 +173,7 @@ def accuracy(inspectors: Mapping[Key, Inspector], samples: Sequence[Sample], *, 
     small = {key: fitted(images[0], one.image_size)[None] for key, one in inspectors.items()}
     table = measure({key: lambda key=key: inspectors[key].inspect(small[key]) for key in inspectors}, seconds=seconds)
     scores = {key: np.array([float(inspect_one(one, i).score[0]) for i in images]) for key, one in inspectors.items()}
-    table["image_auroc"] = [image_auroc(scores[key], labels) for key in inspectors]
+    table["image_auroc"] = np.array([image_auroc(scores[key], labels) for key in inspectors], dtype=float)
     return table.rename_axis(["engine", "precision"])[["median_ms", "image_auroc"]]
 
 

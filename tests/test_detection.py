@@ -223,3 +223,12 @@ def test_a_model_without_pixel_threshold_marks_nothing_and_says_how_to_get_one(s
     with pytest.warns(UserWarning, match="no pixels are marked: .*effad threshold MODEL --normals"):
         table = detect(old, tmp_path / "images", tmp_path / "out")
     assert table["marked"].isna().all() and not (tmp_path / "out" / "masks").exists()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (150, 97), (40, 200), (30, 20), (65, 64)])
+def test_maps_are_resized_as_torch_does_it(rng, size):
+    heat = rng.standard_normal((64, 64)).astype(np.float32)
+    expected = functional.interpolate(torch.from_numpy(heat)[None, None], size, mode="bilinear")[0, 0].numpy()
+    resized = detection.resize_map(heat, size)
+    assert resized.dtype == np.float32
+    np.testing.assert_allclose(resized, expected, rtol=1e-4, atol=1e-5)
