@@ -54,7 +54,7 @@ class LatencySettings(Settings):
     longest: float = 1.0  # cases whose call takes more seconds than this are left out
     compiled: list[str] = ("S",)  # sizes for torch.compile, at the first of the batches; half a minute for each
     most_images: int = 70  # of the test images, evenly spread, for accuracy against latency
-    threads: int = 0  # of the CPU for every engine; 0 takes all cores
+    threads: int = 1  # of the CPU for every engine; 0 takes all cores, which wants a machine without other work
     device: str = "auto"
 
     def check(self) -> None:
@@ -184,8 +184,13 @@ def flop(detector: EfficientAD, size: Size) -> int:
     return counter.get_total_flops()
 
 
-def peak(device: str | torch.device = "cpu", side: int = 2048, repeats: int = 7) -> float:
-    """Return the floating-point operations a second that a large float32 matrix product reaches, the best of some."""
+def peak(device: str | torch.device = "cpu", threads: int = 0, *, side: int = 2048, repeats: int = 7) -> float:
+    """Return the floating-point operations a second that a large float32 matrix product reaches, the best of some.
+
+    Sets torch's number of threads, unless 0 leaves it as it is.
+    """
+    if threads:
+        torch.set_num_threads(threads)
     one, other = torch.rand((2, side, side), device=device)
     wait = torch.cuda.synchronize if one.is_cuda else lambda: None
 
@@ -223,7 +228,7 @@ def grid(
                 if engine == "torch.compile" and batch != settings.batches[0]:  # it would compile anew
                     continue
                 calls[size, engine, precision, batch] = lambda call=call, given=given: call(given)
-    best = peak(next(iter(detectors.values())).device)
+    best = peak(next(iter(detectors.values())).device, settings.cores)
     table = measure(calls, seconds=settings.seconds, longest=settings.longest)
     table = table.rename_axis(["size", "engine", "precision", "batch"]).reset_index()
     table["images_per_second"] = 1000 * table["batch"] / table["median_ms"]
