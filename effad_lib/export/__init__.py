@@ -27,6 +27,7 @@ from effad_lib.runs import Run, RunError, write_bytes
 from effad_lib.settings import Settings, SettingsError
 
 __all__ = [
+    "LEAST_OPSET",
     "SUFFIXES",
     "TOLERANCES",
     "Deployed",
