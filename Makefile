@@ -43,4 +43,5 @@ figures: run
 	cp runs/quick/synthetic/figures/typical.png figures/heatmaps.png
 	cp runs/quick/elpv_mono/figures/scores.png figures/scores.png
 	cp runs/quick/data/figures/products.png figures/products.png
+	cp runs/quick/synthetic/figures/latency.png figures/latency.png
 	EFFAD_RUN=runs/quick/synthetic EFFAD_SCREENSHOT=figures/viewer.png $(BIN)/python -m pytest -q tests/test_browser.py

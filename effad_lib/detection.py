@@ -5,35 +5,75 @@ from __future__ import annotations
 import io
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
-from torch.nn import functional as F
 
 from effad_lib import plots
-from effad_lib.detector import EfficientAD
-from effad_lib.images import ImageError, find_images, read_image, read_mask, to_float
+from effad_lib.engines import RUNTIMES, Inspection, Inspector, load_exported
 from effad_lib.progress import progress
+from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
 from effad_lib.runs import write_bytes, write_text
 from effad_lib.settings import SettingsError
+from effad_lib.tiling import check_overlap, inspect_tiles
 
 NO_PIXEL_THRESHOLD = "this model has no pixel threshold: choose one, `effad threshold MODEL --normals FOLDER`."
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be done with each image, see `detect`."""
+
+    save_maps: bool = False
+    save_masks: bool = False
+    tile_overlap: int | None = None
+
+    def check(self, detector: Inspector) -> None:
+        """Raise `SettingsError` for what a detector cannot do; a warning says that it marks no pixels."""
+        if detector.threshold is None:
+            raise SettingsError("this model has no threshold: calibrate it on held-out good images first.")
+        if self.save_masks and detector.pixel_threshold is None:
+            raise SettingsError(NO_PIXEL_THRESHOLD)
+        if self.tile_overlap is not None:
+            check_overlap(detector, self.tile_overlap)
+        if detector.pixel_threshold is None:
+            warnings.warn(f"no pixels are marked: {NO_PIXEL_THRESHOLD}", stacklevel=3)
+
 
 COLUMNS = ("file", "score", "threshold", "decision", "marked", "error")
 
 
+def open_model(path: str | Path, device: str = "auto") -> Inspector:
+    """Load a `model.safetensors`, or what `effad export` made of one, for which torch is not needed.
+
+    Raises `SettingsError` as `EfficientAD.load` and `load_exported`.
+    """
+    path = Path(path)
+    if path.suffix in RUNTIMES:
+        return load_exported(path, device)
+    try:
+        from effad_lib.detector import EfficientAD
+        from effad_lib.settings import pick_device
+    except ImportError as error:
+        raise SettingsError(
+            f"model {path}: needs torch, which is not installed ({error}). Take an exported model, .onnx or .xml."
+        ) from error
+    return EfficientAD.load(path, pick_device(device))
+
+
 def detect(
-    detector: EfficientAD,
+    detector: Inspector,
     images: str | Path,
     out: str | Path,
     *,
     masks: str | Path | None = None,
     save_maps: bool = False,
     save_masks: bool = False,
+    tile_overlap: int | None = None,
 ) -> pd.DataFrame:
     """Run a detector over an image, or over all images below a folder, and write what it finds into the folder `out`.
 
@@ -44,38 +84,32 @@ def detect(
     each file: score, threshold, decision ("good" or "defective": a score above the threshold), the share of pixels that
     is marked, missing for a model without pixel threshold (a warning says how to get one), or the error why it was left
     out.
-    `masks` is a folder with `a/b_mask.png` or `a/b.png`, or for a single image its mask. One image is in memory at a
-    time. Raises `ImageError` if there is no image, `SettingsError` for a model without threshold, for one with broken
-    maps, and for `save_masks` without pixel threshold, `RunError` if nothing can be written.
+    `masks` is a folder with `a/b_mask.png` or `a/b.png`, or for a single image its mask. Images are brought to the
+    model's size, whatever their own; with `tile_overlap` they are cut into tiles that overlap by so many pixels, see
+    `inspect_tiles`. One image is in memory at a time. Raises `ImageError` if there is no image, `SettingsError` for a
+    model without threshold, for one with broken maps, for `save_masks` without pixel threshold and for tiles that the
+    model cannot take, `RunError` if nothing can be written.
     """
-    if detector.threshold is None:
-        raise SettingsError("this model has no threshold: calibrate it on held-out good images first.")
-    if save_masks and detector.pixel_threshold is None:
-        raise SettingsError(NO_PIXEL_THRESHOLD)
-    if detector.pixel_threshold is None:
-        warnings.warn(f"no pixels are marked: {NO_PIXEL_THRESHOLD}", stacklevel=2)
+    wanted = Wanted(save_maps, save_masks, tile_overlap)
+    wanted.check(detector)
     out = Path(out)
     found = _listed(Path(images), out)
     truths = pair_masks(masks, list(found))
-    # Below 0.1, the 99.5 % quantile of normal pixels, a threshold would stretch mere noise over the whole scale.
-    scale = plots.heat_scale([], max(detector.threshold, 0.1))
     rows = []
     try:
         bar = progress(found.items(), desc="detecting", unit="image")
         for name, path in bar:
             try:
-                truth = truths.get(name)
-                score, marked = _detect_one(detector, path, name, out, truth, scale, save_maps, save_masks)
+                score, marked = detect_one(detector, path, name, out, truths.get(name), wanted)
             except ImageError as error:
                 bar.write(f"left out: {error}", file=sys.stderr)
                 rows.append((name.as_posix(), None, detector.threshold, "", None, str(error)))
                 continue
-            decision = "defective" if score > detector.threshold else "good"
-            rows.append((name.as_posix(), score, detector.threshold, decision, marked, ""))
+            rows.append((name.as_posix(), score, detector.threshold, decision(detector, score), marked, ""))
     except KeyboardInterrupt:
-        _write_table(rows, out)
+        write_table(rows, out)
         raise KeyboardInterrupt(f"stopped: {len(rows)} of {len(found)} images are done, see {out}") from None
-    return _write_table(rows, out)
+    return write_table(rows, out)
 
 
 def _listed(images: Path, out: Path) -> dict[Path, Path]:
@@ -117,37 +151,40 @@ def pair_masks(masks: str | Path | None, names: list[Path]) -> dict[Path, Path]:
     return found
 
 
-def _detect_one(
-    detector: EfficientAD,
-    path: Path,
-    name: Path,
-    out: Path,
-    truth: Path | None,
-    scale: plots.Scale,
-    save_maps: bool,
-    save_masks: bool,
+def decision(detector: Inspector, score: float) -> str:
+    """Return "defective" for a score above the detector's threshold, else "good"."""
+    return "defective" if score > detector.threshold else "good"
+
+
+def detect_one(
+    detector: Inspector, path: Path, name: Path, out: Path, truth: Path | None, wanted: Wanted
 ) -> tuple[float, float | None]:
-    """Write the results of one image; return its score and the share of its pixels that is marked."""
-    image = read_image(path)
+    """Write the results of one image; return its score and the share of its pixels that is marked.
+
+    Raises `ImageError` if it cannot be read, and else as `detect`.
+    """
+    image = read_image(path, levels=detector.levels)
     mask = None if truth is None else read_mask(truth, image.shape[1:])
-    small = torch.from_numpy(read_image(path, detector.image_size))[None]
-    with torch.inference_mode():
-        maps = detector.eval()(to_float(small.to(detector.device)))
-        heat = F.interpolate(maps.combined, image.shape[1:], mode="bilinear")[0, 0].cpu().numpy()
-    score = float(maps.score)
+    try:
+        found = inspect_one(detector, image, wanted.tile_overlap)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
+    heat, score = resize_map(found.combined[0], image.shape[1:]), float(found.score[0])
     if not np.isfinite(heat).all():
         raise SettingsError(f"the map of {path} is not finite: this model's training has diverged. Train it again.")
-    if save_maps:
+    if wanted.save_maps:
         packed = io.BytesIO()
         np.save(packed, heat, allow_pickle=False)
-        write_bytes(_inside(out, "maps", f"{name}.npy"), packed.getvalue())
+        write_bytes(inside(out, "maps", f"{name}.npy"), packed.getvalue())
     marked = None if detector.pixel_threshold is None else heat > detector.pixel_threshold
-    if save_masks:
+    if wanted.save_masks:
         packed = io.BytesIO()
         Image.fromarray(marked.astype(np.uint8) * 255).save(packed, format="PNG")
-        write_bytes(_inside(out, "masks", f"{name}.png"), packed.getvalue())
+        write_bytes(inside(out, "masks", f"{name}.png"), packed.getvalue())
     # A dollar sign in a file's name would start mathematics in matplotlib.
     title = f"{name.as_posix()}: score {score:.3g}".replace("$", r"\$")
+    # Below 0.1, the 99.5 % quantile of normal pixels, a threshold would stretch mere noise over the whole scale.
+    scale = plots.heat_scale([], max(detector.threshold, 0.1))
     figure = plots.heatmap_panel(
         image, heat, mask, scale=scale, threshold=detector.threshold, marked=marked, title=title
     )
@@ -156,11 +193,30 @@ def _detect_one(
         figure.savefig(drawn, format="png", dpi=100)
     finally:
         plt.close(figure)
-    write_bytes(_inside(out, "heatmaps", f"{name}.png"), drawn.getvalue())
+    write_bytes(inside(out, "heatmaps", f"{name}.png"), drawn.getvalue())
     return score, None if marked is None else float(marked.mean())
 
 
-def _inside(out: Path, kind: str, name: str) -> Path:
+def inspect_one(detector: Inspector, image: np.ndarray, tile_overlap: int | None = None) -> Inspection:
+    """Return what a detector finds on an image uint8 [3, H, W], resized to the model's size, or with tiles as it is."""
+    if tile_overlap is not None:
+        return inspect_tiles(detector, image, tile_overlap)
+    return detector.inspect(fitted(image, detector.input_size)[None])
+
+
+def resize_map(heat: np.ndarray, size: Size) -> np.ndarray:
+    """Return a map [h, w] at another size, float32, bilinear between the centres of pixels as torch does it."""
+    for axis, side in enumerate(size):
+        have = heat.shape[axis]
+        place = np.maximum((np.arange(side) + 0.5) * (have / side) - 0.5, 0)
+        low = place.astype(int)
+        share = (place - low).astype(np.float32).reshape([-1, 1] if axis == 0 else [1, -1])
+        high = np.minimum(low + 1, have - 1)
+        heat = heat.take(low, axis) * (1 - share) + heat.take(high, axis) * share
+    return heat
+
+
+def inside(out: Path, kind: str, name: str) -> Path:
     """Return the path of a result; `ImageError` if a link in `out` would lead it elsewhere."""
     path = out / kind / name
     if not path.parent.resolve().is_relative_to(out.resolve()):
@@ -168,7 +224,8 @@ def _inside(out: Path, kind: str, name: str) -> Path:
     return path
 
 
-def _write_table(rows: list[tuple], out: Path) -> pd.DataFrame:
+def write_table(rows: list[tuple], out: Path) -> pd.DataFrame:
+    """Write `scores.csv` and return what it holds."""
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"score": float, "threshold": float, "marked": float})
     write_text(out / "scores.csv", table.to_csv(index=False))
     return table

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effad_lib import __version__
-from effad_lib.images import Size, check_size
+from effad_lib.engines import Inspection
+from effad_lib.images import Levels, Size, check_levels, check_size, to_float
 from effad_lib.networks import PDN, Autoencoder, Normalise
 from effad_lib.runs import write_bytes
 from effad_lib.settings import SettingsError
@@ -51,6 +53,7 @@ class EfficientAD(nn.Module):
         self.teacher = PDN(size, channels, padding).requires_grad_(False)
         self.student = PDN(size, 2 * channels, padding)
         self.autoencoder = Autoencoder(size, channels, padding)
+        self.levels: Levels | None = None  # of 16-bit images, see `images.read_image`
         self.threshold: float | None = None  # of the image score
         self.pixel_threshold: float | None = None  # of the combined map
         self.calibration: dict[str, Any] = {}  # what the thresholds were chosen from, see `calibration`
@@ -85,6 +88,17 @@ class EfficientAD(nn.Module):
         student_teacher, student_autoencoder = maps.split(1, dim=1)
         return AnomalyMaps(0.5 * student_teacher + 0.5 * student_autoencoder, student_teacher, student_autoencoder)
 
+    def inspect(self, images: np.ndarray) -> Inspection:
+        """Return maps and scores of images uint8 [N, 3, H, W] as arrays; the detector is in evaluation mode then."""
+        with torch.inference_mode():
+            found = self.eval()(to_float(torch.from_numpy(np.ascontiguousarray(images)).to(self.device)))
+            return Inspection(*(maps[:, 0].cpu().numpy() for maps in found), found.score.cpu().numpy())
+
+    @property
+    def input_size(self) -> Size:
+        """The size to which an image is brought before it is inspected: the one that the detector is trained for."""
+        return self.image_size
+
     @property
     def device(self) -> torch.device:
         """The device that the networks are on."""
@@ -92,13 +106,17 @@ class EfficientAD(nn.Module):
 
     def save(self, path: str | Path, card: dict[str, Any] | None = None) -> Path:
         """Save weights and card in one safetensors file, whole or not at all; the card is readable JSON metadata."""
-        card = (self.card if card is None else card) | {name: getattr(self, name) for name in CARD_FIELDS}
-        card |= {"threshold": self.threshold, "pixel_threshold": self.pixel_threshold}
-        card |= {"calibration": self.calibration, "effad": __version__}
-        self.card = json.loads(json.dumps(card))
+        self.card = json.loads(json.dumps(self.card_now(card)))
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         metadata = {"effad_card": json.dumps(self.card)}
         return write_bytes(path, save(weights, metadata))
+
+    def card_now(self, card: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the card with what the detector is now: its size, thresholds and what they were chosen from."""
+        card = (self.card if card is None else card) | {name: getattr(self, name) for name in CARD_FIELDS}
+        card |= {"threshold": self.threshold, "pixel_threshold": self.pixel_threshold}
+        card |= {"levels": list(self.levels or ())}
+        return card | {"calibration": self.calibration, "effad": __version__}
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> EfficientAD:
@@ -117,6 +135,7 @@ class EfficientAD(nn.Module):
             raise SettingsError(
                 f"model {path}: not a whole effad model ({reason}). Train or fetch it again."
             ) from error
+        detector.levels = check_levels(card.get("levels", ()))
         detector.card, detector.threshold = card, card["threshold"]
         detector.pixel_threshold, detector.calibration = card.get("pixel_threshold"), card.get("calibration", {})
         return detector.eval().to(device)

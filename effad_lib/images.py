@@ -1,164 +1,68 @@
-"""Images in: read, check, resize; the colour augmentation; natural images for the penalty and the teacher."""
+"""Images as tensors: loaded from files; the colour augmentation; natural images for the penalty and the teacher."""
 
 from __future__ import annotations
 
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib import util
-from numbers import Integral
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from effad_lib.progress import progress
+from effad_lib.reading import (
+    ALL_LEVELS,
+    SMALLEST,
+    SUFFIXES,
+    UNREADABLE,
+    ImageError,
+    Levels,
+    Size,
+    check_levels,
+    check_size,
+    find_images,
+    image_size,
+    read_image,
+    read_mask,
+    read_regions,
+)
 
-Size = tuple[int, int]
-"""Height and width in pixels."""
-
-SMALLEST = 64
-"""The smallest image side in pixels that the autoencoder's encoder can reduce to one cell."""
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+__all__ = [
+    "ALL_LEVELS",
+    "SMALLEST",
+    "SUFFIXES",
+    "UNREADABLE",
+    "ImageError",
+    "Levels",
+    "NaturalImages",
+    "Size",
+    "augment_colour",
+    "check_levels",
+    "check_size",
+    "find_images",
+    "image_size",
+    "load_images",
+    "packaged_photographs",
+    "read_image",
+    "read_mask",
+    "read_regions",
+    "to_float",
+    "to_grey",
+]
 
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 """Luma of ITU-R BT.601, the grey of torchvision's transforms."""
 
 
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
-"""Pillow's modes that become RGB without a guess."""
-
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for a file that it cannot decode."""
-
-
-class ImageError(ValueError):
-    """An image, a mask or a folder of images that cannot be used; the message names the file and the remedy."""
-
-
-def check_size(size: Sequence[int]) -> Size:
-    """Return `size` as (height, width). Raises `ImageError` unless both are whole numbers of at least 64 pixels."""
-    pair = tuple(size) if isinstance(size, Sequence) else ()
-    if len(pair) != 2 or not all(isinstance(length, Integral) and length >= SMALLEST for length in pair):
-        raise ImageError(f"image size {size!r}: takes height and width, whole numbers of at least {SMALLEST} pixels.")
-    return int(pair[0]), int(pair[1])
-
-
-def find_images(folder: str | Path) -> list[Path]:
-    """Return the image files below `folder`, sorted; links that lead out of it are left out.
-
-    Raises `ImageError` if the folder is missing or holds no image.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ImageError(f"{folder}: there is no such folder. Give a folder of images ({', '.join(sorted(SUFFIXES))}).")
-    found = list(_images_below(folder, folder.resolve()))
-    if not found:
-        raise ImageError(f"{folder}: no image below this folder. Known endings: {', '.join(sorted(SUFFIXES))}.")
-    return found
-
-
-def _images_below(folder: Path, root: Path) -> Iterator[Path]:
-    """Yield image files in the order of their names: a million of them in seconds, so only links are looked up."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise ImageError(f"{folder}: the folder cannot be listed ({error.strerror}). Mend its permissions.") from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _images_below(folder / entry.name, root)
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():
-            path = folder / entry.name
-            if not entry.is_symlink() or path.resolve().is_relative_to(root):
-                yield path
-
-
-def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
-    """Read an image as RGB, upright by its EXIF tag, and resize it to `size` (antialiased bilinear).
-
-    Returns uint8 [3, H, W]. Eight-bit grey, palette and transparent images become RGB. Raises `ImageError` for files
-    that cannot be decoded, for 16-bit, float and CMYK images, whose conversion would be a guess, and, where a `size` is
-    given, for sides below 64 pixels: enlarging would invent what the networks are to judge.
-    """
-    with _opened(path, "an image") as image:
-        if size is not None and min(image.size) < SMALLEST:
-            raise ImageError(
-                f"{path}: {image.width}×{image.height} pixels are too small; each side takes {SMALLEST} or more."
-            )
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        if size is not None and image.size != (size[1], size[0]):
-            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        return np.array(image).transpose(2, 0, 1)
-
-
-def image_size(path: str | Path) -> Size:
-    """Return height and width of an image file without decoding it, as it lies in the file.
-
-    Raises `ImageError` if it is no image, or of a mode that `read_image` refuses.
-    """
-    with _opened(path, "an image") as image:
-        return image.height, image.width
-
-
-@contextmanager
-def _opened(path: str | Path, what: str, modes: tuple[str, ...] = MODES) -> Iterator[Image.Image]:
-    """Yield an image file of a supported mode, opened; what fails in opening or decoding it is an `ImageError`."""
-    try:
-        with Image.open(path) as image:
-            _check_mode(path, image, modes)
-            yield image
-    except ImageError:
-        raise
-    except UNREADABLE as error:
-        raise ImageError(f"{path}: cannot be read as {what} ({error}). Replace or remove the file.") from error
-
-
-def _check_mode(path: str | Path, image: Image.Image, modes: tuple[str, ...]) -> None:
-    """Raise `ImageError` for modes whose conversion would be a guess, 16 bits a channel that Pillow hides included."""
-    raw = " ".join(str(argument) for tile in image.tile for argument in tile[1:])
-    mode = "16 bits a channel" if ";16" in raw else image.mode
-    if mode not in modes:
-        raise ImageError(f"{path}: image mode {mode} is not supported. Save it as 8-bit RGB or 8-bit grey first.")
-
-
-def read_mask(path: str | Path, shape: Size | None = None, level: int = 128) -> np.ndarray:
-    """Read a defect mask: True where the value is at least `level`, half of full scale where halos do not count.
-
-    `path` is a file, or a folder of masks of one image, whose union it is. Returns bool [H, W]. Raises `ImageError` as
-    `read_regions`.
-    """
-    return (read_regions(path, shape) >= level).any(axis=0)
-
-
-def read_regions(path: str | Path, shape: Size | None = None) -> np.ndarray:
-    """Read the masks of one image with their values: a file, or all below a folder in the order of their names.
-
-    Returns uint8 [R, H, W], palette and colour masks by their luma. Raises `ImageError` if one cannot be read or is not
-    of `shape`, or if they differ in size.
-    """
-    files = find_images(path) if Path(path).is_dir() else [path]
-    regions = []
-    for file in files:
-        with _opened(file, "a mask", tuple(mode for mode in MODES if mode != "PA")) as image:
-            regions.append(np.asarray(image.convert("L")))
-        shape = shape or regions[0].shape
-        if regions[-1].shape != tuple(shape):
-            got = regions[-1].shape
-            raise ImageError(f"{file}: mask of {got}, its image has {tuple(shape)}. A mask must match its image.")
-    return np.stack(regions)
-
-
-def load_images(paths: Sequence[str | Path], size: Size, *, description: str = "reading images") -> Tensor:
-    """Decode images once, in parallel, into memory.
+def load_images(
+    paths: Sequence[str | Path], size: Size, *, levels: Levels | None = None, description: str = "reading images"
+) -> Tensor:
+    """Decode images once, in parallel, into memory; `levels` as in `read_image`.
 
     Returns uint8 [N, 3, H, W], in the order of `paths`. Raises `ImageError` for the first that cannot be read.
     """
@@ -166,7 +70,7 @@ def load_images(paths: Sequence[str | Path], size: Size, *, description: str = "
     images = torch.empty((len(paths), 3, *size), dtype=torch.uint8)
 
     def read(index: int) -> None:
-        images[index] = torch.from_numpy(read_image(paths[index], size))
+        images[index] = torch.from_numpy(read_image(paths[index], size, levels))
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for _ in progress(pool.map(read, range(len(paths))), total=len(paths), desc=description, leave=False):

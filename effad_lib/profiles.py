@@ -16,6 +16,7 @@ from effad_lib.datasets import load_dataset
 from effad_lib.distillation import DistillationSettings, load_teacher
 from effad_lib.evaluation import EvaluationSettings
 from effad_lib.execution.notebooks import Task, executed_record, source_hash
+from effad_lib.latency import LatencySettings
 from effad_lib.published import PUBLISHED_DATA
 from effad_lib.runs import PROJECT, Run, from_project, resolve
 from effad_lib.settings import Settings, nearest
@@ -34,6 +35,7 @@ SETTINGS: dict[str, type[Settings]] = {
     TRAINING: TrainingSettings,
     "04_evaluation": EvaluationSettings,
     "05_viewer": ViewerSettings,
+    "07_export_and_latency": LatencySettings,
 }
 """Notebooks whose parameters are the fields of settings, or some of them: their values are checked beforehand."""
 

@@ -37,7 +37,7 @@ def gallery(found: Evaluation, indices: Sequence[int], image_size: Size) -> Figu
     indices: of the images in `found`, at least one; image_size: (height, width) in which they are drawn.
     """
     indices = [int(index) for index in indices]
-    images = load_images([found.samples[index].image for index in indices], image_size)
+    images = load_images([found.samples[index].image for index in indices], image_size, levels=found.levels)
     maps = {n.replace("_", "–"): [getattr(found.maps, n)[index] for index in indices] for n in MAP_NAMES}
     titles = [f"{found.samples[index].defect}\n{found.scores[index].round(2) + 0.0:.2f}" for index in indices]
     masks = [found.mask(index) for index in indices]

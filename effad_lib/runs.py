@@ -126,7 +126,8 @@ class Run:
         path = self.folder / "parameters.yaml"
         if not path.is_file():
             return
-        old, new = yaml.safe_load(path.read_text(encoding="utf-8")) or {}, settings.as_dict()
+        new = settings.as_dict()
+        old = dict(settings.BEFORE) | (yaml.safe_load(path.read_text(encoding="utf-8")) or {})
         changed = {n for n in new.keys() | old.keys() if old.get(n) != new.get(n)} - settings.MAY_CHANGE
         what = [f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in sorted(changed)]
         for name, digest in (sources or {}).items():
@@ -154,11 +155,11 @@ class Run:
 
     def load_checkpoint(self, name: str = "last") -> dict[str, Any] | None:
         """Return the checkpoint `name`, or None if there is none; nothing is unpickled (`weights_only=True`)."""
-        import torch
-
         path = self.folder / "checkpoints" / f"{name}.pt"
         if not path.is_file():
             return None
+        import torch
+
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:

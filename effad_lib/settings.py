@@ -8,17 +8,15 @@ import math
 import platform
 import types
 import typing
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 NOTEBOOK_NAMES = frozenset({"In", "Out", "exit", "quit", "open", "get_ipython"})
 
-PRECISIONS: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""Names of torch's types in which networks may be trained."""
 
 
 class SettingsError(ValueError):
@@ -43,6 +41,9 @@ class Settings:
 
     MAY_CHANGE: typing.ClassVar[frozenset[str]] = frozenset()
     """Names of fields that do not change a run's result: a run may be continued with others."""
+
+    BEFORE: typing.ClassVar[typing.Mapping[str, Any]] = types.MappingProxyType({})
+    """Of fields that were added later, the value that runs from before were made with, unasked."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -125,6 +126,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
     Raises `SettingsError` if the named device is not there.
     """
+    import torch  # which settings alone, and an exported model, do without
+
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(device for device in ("cuda", "mps", "cpu") if there[device])

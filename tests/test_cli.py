@@ -233,6 +233,28 @@ def test_damage_makes_a_data_set_of_photographs(product, tmp_path, capsys):
     assert "test_good = 40" in failure(capsys, "damage", photographs, tmp_path / "other")
 
 
+def test_images_of_16_bits_go_all_the_way_with_levels(teacher, product, tmp_path, capsys):
+    for path in product.rglob("*.png"):
+        if "ground_truth" not in path.parts:
+            deep = np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16
+            Image.fromarray(deep).save(path)
+    run = tmp_path / "run"
+    settings = f"--dataset folder --data-root {product} --run-folder {run} --teacher {teacher} --size XS"
+    arguments = [*settings.split(), *"--image-size 64 64 --steps 2 --device cpu".split()]
+    assert "Name the values of black and white" in failure(capsys, "train", *arguments)
+    shutil.rmtree(run)
+    assert main(["train", *arguments, "--levels", "0", "4080"]) == 0
+    assert main(["evaluate", str(run)]) == 0
+    model = EfficientAD.load(run / "model.safetensors")
+    assert model.levels == (0, 4080)
+    for test in ("good", "hole"):
+        deep = np.asarray(Image.open(product / "test" / test / "000.png"))
+        expected = model.inspect(np.repeat((deep // 16).astype(np.uint8)[None, None], 3, axis=1)).score[0]
+        main(["detect", str(run / "model.safetensors"), str(product / "test" / test), "--out", str(tmp_path / test)])
+        row = (tmp_path / test / "scores.csv").read_text().splitlines()[1].split(",")
+        assert float(row[1]) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_train_evaluate_and_detect(teacher, product, tmp_path, capsys, monkeypatch):
     run, out = tmp_path / "run", tmp_path / "out"
     settings = f"--dataset folder --data-root {product} --run-folder {run} --teacher {teacher} --size XS"

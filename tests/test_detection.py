@@ -190,14 +190,14 @@ def test_a_full_disk_keeps_the_old_results(small_detector, picture, tmp_path, mo
 def test_ctrl_c_keeps_the_scores_so_far(small_detector, picture, tmp_path, monkeypatch):
     for index in range(3):
         picture(tmp_path / "images" / f"{index}.png", seed=index)
-    done = detection._detect_one
+    done = detection.detect_one
 
     def interrupted(detector, path, *rest):
         if path.name == "2.png":
             raise KeyboardInterrupt
         return done(detector, path, *rest)
 
-    monkeypatch.setattr(detection, "_detect_one", interrupted)
+    monkeypatch.setattr(detection, "detect_one", interrupted)
     with pytest.raises(KeyboardInterrupt, match="2 of 3 images are done"):
         detect(small_detector, tmp_path / "images", tmp_path / "out")
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
@@ -223,3 +223,12 @@ def test_a_model_without_pixel_threshold_marks_nothing_and_says_how_to_get_one(s
     with pytest.warns(UserWarning, match="no pixels are marked: .*effad threshold MODEL --normals"):
         table = detect(old, tmp_path / "images", tmp_path / "out")
     assert table["marked"].isna().all() and not (tmp_path / "out" / "masks").exists()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (150, 97), (40, 200), (30, 20), (65, 64)])
+def test_maps_are_resized_as_torch_does_it(rng, size):
+    heat = rng.standard_normal((64, 64)).astype(np.float32)
+    expected = functional.interpolate(torch.from_numpy(heat)[None, None], size, mode="bilinear")[0, 0].numpy()
+    resized = detection.resize_map(heat, size)
+    assert resized.dtype == np.float32
+    np.testing.assert_allclose(resized, expected, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from torchvision.transforms import functional as reference
 from effad_lib.images import (
     ImageError,
     augment_colour,
+    check_levels,
     find_images,
     load_images,
     read_image,
@@ -164,6 +165,28 @@ def test_16_bit_is_refused(tmp_path, rng, channels):
     path = png16(tmp_path / "deep.png", rng.integers(0, 65536, (5, 7, channels), dtype=np.uint16))
     with pytest.raises(ImageError, match=r"deep\.png.*8-bit"):
         read_image(path)
+
+
+def test_16_bit_grey_is_read_by_its_levels(tmp_path):
+    values = np.array([[0, 100, 101, 2148, 4094, 4095, 4096, 65535]], np.uint16)
+    expected = np.rint(255 * (np.clip(values.astype(float), 100, 4095) - 100) / 3995)
+    for name in ("deep.png", "deep.tif"):
+        path = save(tmp_path / name, values)
+        assert np.array_equal(read_image(path, levels=(100, 4095)), np.stack([expected] * 3))
+        with pytest.raises(
+            ImageError, match=rf"{name}: image mode I.*Name the values of black and white .* --levels 0"
+        ):
+            read_image(path)
+        with pytest.raises(ImageError, match=r"not supported. Save it as 8-bit"):
+            read_mask(path)
+    colour = png16(tmp_path / "colour.png", np.zeros((5, 7, 3), np.uint16))
+    with pytest.raises(ImageError, match="16 bits a channel is not supported"):
+        read_image(colour, levels=(0, 65535))  # Pillow reads the upper 8 bits only
+    eight = save(tmp_path / "eight.png", np.full((5, 7), 200, np.uint8))
+    assert (read_image(eight, levels=(0, 4095)) == 200).all()
+    for levels in ((1,), (5, 5), (3, 2)):
+        with pytest.raises(ImageError, match="takes the values of black and of white"):
+            check_levels(levels)
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "F", "I", "YCbCr"])

@@ -10,6 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -353,3 +354,15 @@ def test_schedules():
     assert step_factor(66_499, 70_000, "step") == 1.0 and step_factor(66_500, 70_000, "step") == 0.1
     assert step_factor(0, 100, "cosine") == pytest.approx(0.2)
     assert step_factor(5, 100, "cosine") == 1.0 and step_factor(99, 100, "cosine") < 0.01
+
+
+def test_runs_from_before_16_bit_images_were_read_go_on(tmp_path):
+    settings = TrainingSettings(run_folder=str(tmp_path / "run"))
+    run = Run(tmp_path / "run")
+    run.start(settings)
+    made = yaml.safe_load((run.folder / "parameters.yaml").read_text())
+    del made["levels"]
+    (run.folder / "parameters.yaml").write_text(yaml.safe_dump(made))
+    run.check(settings)
+    with pytest.raises(RunError, match=r"levels: \[\] there, \[0.0, 4095.0\] now"):
+        run.check(TrainingSettings(run_folder=str(tmp_path / "run"), levels=[0, 4095]))

@@ -122,7 +122,7 @@ def test_a_further_image_is_scored_and_stands_at_the_end(evaluated_run, picture,
     findings = of_run(evaluated_run)
     path = picture(tmp_path / "mine.jpg", seed=3)
     assert findings.add(path, "mine.jpg") == 6
-    image = to_float(torch.from_numpy(read_image(path, (64, 64)))[None])
+    image = to_float(torch.from_numpy(read_image(path, (64, 64)))[None].contiguous())
     with torch.inference_mode():
         expected = findings.detector(image)
     assert findings.scores[6] == pytest.approx(float(expected.score), rel=1e-5) and len(findings) == 7

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 
 from effad_lib import __version__
-from effad_lib.cli import data, detectors, notebooks, teachers
+from effad_lib.cli import data, deployment, detectors, notebooks, teachers
 from effad_lib.cli.options import Parser
 
 # A command imports what it needs when it runs, so that `effad --help` does not wait for torch.
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": (detectors.evaluate_options, detectors.evaluate),
     "gallery": (detectors.gallery_options, detectors.gallery),
     "threshold": (detectors.threshold_options, detectors.threshold),
+    "export": (deployment.export_options, deployment.export),
     "detect": (detectors.detect_options, detectors.detect),
 }
 

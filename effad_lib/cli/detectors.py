@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -98,26 +99,48 @@ def _tiff_folders(root: str | None, runs: list[Path], splits: list[Any]) -> list
 
 def detect_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad detect`."""
-    parser.add_argument("model", metavar="MODEL", help="a model.safetensors")
+    parser.add_argument("model", metavar="MODEL", help="a model.safetensors, or an .onnx or .xml of `effad export`")
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", help="an image, or a folder with images at any depth")
     parser.add_argument("--out", default="detections", help="folder for the results (default: detections)")
     parser.add_argument("--masks", help="ground truth to outline: a folder with <name>_mask.png, or one mask")
     parser.add_argument("--save-maps", action="store_true", help="also write the raw maps (float32 .npy)")
     parser.add_argument("--save-masks", action="store_true", help="also write what is above the pixel threshold (.png)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    parser.add_argument(
+        "--tile-overlap",
+        type=int,
+        metavar="PIXELS",
+        help="do not resize images to the model's size but cut them into tiles of it that overlap by so many pixels, "
+        "40 or more; for models trained on pieces of images at full resolution",
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="go on until Ctrl-C: each image that comes into the folder is judged once, with a results/<name>.json "
+        "written last; started again, it continues",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps or gpu, by what runs it (default: auto)")
 
 
 def detect(options: argparse.Namespace) -> int:
     """Look for defects in new images; exit code 1 if some of them could not be read, 2 if none could."""
     os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, no window is opened
     from effad_lib import detection
-    from effad_lib.detector import EfficientAD
-    from effad_lib.images import ImageError
-    from effad_lib.settings import pick_device
+    from effad_lib.reading import ImageError
 
-    detector = EfficientAD.load(Path(options.model).expanduser(), pick_device(options.device))
-    wanted = {name: getattr(options, name) for name in ("masks", "save_maps", "save_masks")}
-    table = detection.detect(detector, options.images, options.out, **wanted)
+    detector = detection.open_model(Path(options.model).expanduser(), options.device)
+    wanted = {name: getattr(options, name) for name in ("save_maps", "save_masks", "tile_overlap")}
+    if options.watch:
+        from effad_lib import watching
+        from effad_lib.settings import SettingsError
+
+        if options.masks:
+            raise SettingsError("--masks: of images that are still to come no truth is known. Leave it out.")
+        print(f"watching {options.images}; results in {options.out}; Ctrl-C ends it", flush=True)
+        say = functools.partial(print, flush=True)
+        count = watching.watch(detector, options.images, options.out, detection.Wanted(**wanted), report=say)
+        print(f"{count} images judged; all results: {Path(options.out) / 'scores.csv'}")
+        return 0
+    table = detection.detect(detector, options.images, options.out, masks=options.masks, **wanted)
     left_out = int((table["error"] != "").sum())
     if left_out == len(table):
         raise ImageError(f"none of {len(table)} images could be read; see {Path(options.out) / 'scores.csv'}.")
@@ -161,7 +184,7 @@ def threshold(options: argparse.Namespace) -> int:
         folder = Path(options.normals).expanduser().resolve()
         files = find_images(folder)
         calibration.rank(len(files), rate, confidence)  # refused before any image is read
-        images = load_images(files, detector.image_size, description="reading normal images")
+        images = load_images(files, detector.image_size, levels=detector.levels, description="reading normal images")
         calibration.measure_normals(detector, images, source=folder.name, names=files)
     calibration.choose_thresholds(detector, rate, confidence)
     chosen = detector.calibration

@@ -24,7 +24,7 @@ from effad_lib.datasets.split import (
     provided,
     register,
 )
-from effad_lib.images import ImageError, read_image, read_regions
+from effad_lib.images import ALL_LEVELS, ImageError, read_image, read_regions
 from effad_lib.progress import progress
 from effad_lib.runs import resolve
 from effad_lib.settings import nearest
@@ -110,7 +110,7 @@ def _raise_faults(split: Split, samples: list[Sample], masks_only: bool) -> None
 
 def _fault(sample: Sample, saturation: Mapping[int, Saturation], masks_only: bool) -> str | None:
     try:
-        shape = read_image(sample.image).shape[1:]
+        shape = read_image(sample.image, levels=ALL_LEVELS).shape[1:]
     except ImageError as error:
         return None if masks_only else str(error)
     if not sample.mask:

@@ -25,7 +25,7 @@ from effad_lib.images import NaturalImages
 from effad_lib.networks import PDN
 from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, resolve
-from effad_lib.settings import PRECISIONS, SettingsError, pick_device
+from effad_lib.settings import SettingsError, pick_device
 
 LOG_EVERY = 10
 """Steps whose mean loss is one value of the curve: single batches differ too much to be read."""
@@ -102,7 +102,7 @@ class Distiller:
         self.generator = torch.Generator().manual_seed(settings.seed)
         torch.manual_seed(settings.seed)
         self.pdn = PDN(settings.size, settings.channels, settings.padding).to(device)
-        self.dtype = PRECISIONS[settings.precision]
+        self.dtype = getattr(torch, settings.precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []  # the mean of each LOG_EVERY steps

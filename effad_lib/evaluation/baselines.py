@@ -10,7 +10,7 @@ import torch
 from effad_lib.datasets import Sample
 from effad_lib.detector import EfficientAD
 from effad_lib.evaluation.result import Evaluation
-from effad_lib.images import Size, load_images, to_float
+from effad_lib.images import ALL_LEVELS, Size, load_images, to_float
 from effad_lib.progress import progress
 
 
@@ -20,7 +20,7 @@ def brightness_scores(samples: Sequence[Sample], normal: Sequence[Sample], size:
     A detector that learns nothing, to compare with: where it does well, the light gives the defects away.
     """
     brightness, usual = (
-        load_images([sample.image for sample in some], size, description="measuring brightness")
+        load_images([sample.image for sample in some], size, levels=ALL_LEVELS, description="measuring brightness")
         .float()
         .mean(dim=(1, 2, 3))
         .numpy()
@@ -34,7 +34,7 @@ def blind_scores(detector: EfficientAD, samples: Sequence[Sample], *, batch_size
 
     A second detector that has learned nothing: where it does as well as ours, the teacher alone finds the defects.
     """
-    images = load_images([sample.image for sample in samples], detector.image_size)
+    images = load_images([sample.image for sample in samples], detector.image_size, levels=detector.levels)
     scores = []
     with torch.inference_mode():
         for batch in progress(images.split(batch_size), desc="teacher alone", leave=False):

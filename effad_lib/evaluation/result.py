@@ -19,7 +19,7 @@ from torch.nn import functional
 from effad_lib import metrics
 from effad_lib.datasets import DatasetError, Sample, Saturation
 from effad_lib.detector import AnomalyMaps
-from effad_lib.images import Size, read_mask, read_regions
+from effad_lib.images import Levels, Size, read_mask, read_regions
 from effad_lib.runs import from_project, write_bytes, write_text
 
 MAP_NAMES = ("combined", "student_teacher", "student_autoencoder")
@@ -40,7 +40,7 @@ class Evaluation:
     [N, H, W] at the detector's input size; `sizes` the (height, width) of the images as they are on disk;
     `threshold` and `pixel_threshold` are the detector's, None before calibration: an image counts as defective if its
     score, a pixel if its value in the combined map is above it. `skipped` says which images could not be read, and why;
-    no other field has them. `saturation` is that of the `Split`.
+    no other field has them. `saturation` is that of the `Split`, `levels` those of the detector.
     """
 
     samples: tuple[Sample, ...]
@@ -52,6 +52,7 @@ class Evaluation:
     pixel_threshold: float | None = None
     skipped: tuple[str, ...] = ()
     saturation: Mapping[int, Saturation] = field(default_factory=dict)
+    levels: Levels | None = None
 
     def mask(self, index: int) -> np.ndarray | None:
         """Return the truth as bool [H, W] at the original size; None for a defective image without a mask."""

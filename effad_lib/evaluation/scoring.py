@@ -12,7 +12,7 @@ import torch
 from effad_lib.datasets import Sample, Saturation
 from effad_lib.detector import AnomalyMaps, EfficientAD
 from effad_lib.evaluation.result import MAP_NAMES, Evaluation, EvaluationError
-from effad_lib.images import ImageError, Size, read_image, read_mask, to_float
+from effad_lib.images import ImageError, Levels, Size, read_image, read_mask, to_float
 from effad_lib.progress import progress
 
 
@@ -33,7 +33,8 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    images, kept, sizes, skipped = _read(samples, detector.image_size)
+    levels = getattr(detector, "levels", None)
+    images, kept, sizes, skipped = _read(samples, detector.image_size, levels)
     device = next(detector.parameters()).device
     scores = np.empty(len(kept))
     maps = AnomalyMaps(**{n: np.empty((len(kept), *detector.image_size), np.float32) for n in MAP_NAMES})
@@ -52,16 +53,19 @@ def evaluate(
         detector.train(was_training)
     labels = np.array([sample.label for sample in kept])
     thresholds = (getattr(detector, name, None) for name in ("threshold", "pixel_threshold"))
-    return Evaluation(tuple(kept), scores, labels, maps, tuple(sizes), *thresholds, tuple(skipped), saturation or {})
+    found = tuple(kept), scores, labels, maps, tuple(sizes), *thresholds, tuple(skipped), saturation or {}
+    return Evaluation(*found, levels=levels)
 
 
-def _read(samples: Sequence[Sample], size: Size) -> tuple[torch.Tensor, list[Sample], list[Size], list[str]]:
+def _read(
+    samples: Sequence[Sample], size: Size, levels: Levels | None
+) -> tuple[torch.Tensor, list[Sample], list[Size], list[str]]:
     """Read images at the detector's size and check the masks, all of it before the long work starts."""
 
     def read(sample: Sample) -> tuple[np.ndarray, Size] | ImageError:
         try:
-            original = read_image(sample.image).shape[1:]
-            image = read_image(sample.image, size)
+            original = read_image(sample.image, levels=levels).shape[1:]
+            image = read_image(sample.image, size, levels)
         except ImageError as error:
             return error
         if sample.mask is not None:

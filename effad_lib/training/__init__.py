@@ -10,7 +10,7 @@ from effad_lib.calibration import calibrate, rank
 from effad_lib.datasets import Split, verify_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import load_teacher
-from effad_lib.images import NaturalImages, load_images
+from effad_lib.images import NaturalImages, check_levels, load_images
 from effad_lib.provenance import note_provenance
 from effad_lib.runs import Run, resolve
 from effad_lib.settings import SettingsError, pick_device
@@ -54,16 +54,21 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
     made_from = {"data": split.fingerprint, "teacher": teacher_card["sha256"]}
     note_provenance(run.folder, device, seed=settings.seed, **made_from)
     natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
-    size = tuple(settings.image_size)
+    size, levels = tuple(settings.image_size), check_levels(settings.levels)
     torch.manual_seed(settings.seed)
     detector = EfficientAD(settings.size, teacher.out_channels, settings.padding, size)
+    detector.levels = levels
     detector.teacher.load_state_dict(teacher.state_dict())
     trainer = Trainer(
         settings,
         run,
         detector.to(device),
-        load_images([sample.image for sample in split.train], size, description="reading training images"),
-        load_images([sample.image for sample in split.validation], size, description="reading validation images"),
+        load_images(
+            [sample.image for sample in split.train], size, levels=levels, description="reading training images"
+        ),
+        load_images(
+            [sample.image for sample in split.validation], size, levels=levels, description="reading validation images"
+        ),
         natural,
         [sample.image for sample in split.train],
     )

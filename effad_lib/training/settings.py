@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from effad_lib.images import check_size
+from effad_lib.images import check_levels, check_size
 from effad_lib.networks import check_network
 from effad_lib.settings import PRECISIONS, Settings, pick_device
 
@@ -18,6 +19,7 @@ class TrainingSettings(Settings):
     """Settings of a training; the defaults are the paper's (Algorithm 1), on the first synthetic product."""
 
     MAY_CHANGE = frozenset({"run_folder", "device", "data_root", "penalty_images", "teacher"})
+    BEFORE = MappingProxyType({"levels": []})
 
     run_folder: str = "runs/training"  # a finished run in it is loaded, an interrupted one continued
     dataset: str = "synthetic"  # folder, elpv, synthetic, mvtec_ad(_2), mvtec_loco, visa, btad, or path/to/file.py:name
@@ -27,6 +29,7 @@ class TrainingSettings(Settings):
     teacher: str = ""  # a file of `effad distill` or public weights, or a size; "" takes the shipped one of this size
     padding: bool = False  # the paper's headline figures use the unpadded networks
     image_size: list[int] = (256, 256)  # height and width in pixels
+    levels: list[float] = ()  # of 16-bit grey images: the values that become black and white; [] refuses such images
     steps: int = 70_000  # optimiser steps
     batch_size: int = 1  # images in a step
     learning_rate: float = 1e-4  # of Adam
@@ -56,6 +59,7 @@ class TrainingSettings(Settings):
     def check(self) -> None:
         check_network(self.size)
         check_size(self.image_size)
+        check_levels(self.levels)
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
             self.require(getattr(self, name) >= 1, name, "a whole number of at least 1")
         self.require(0 < self.learning_rate < 1, "learning_rate", "a number between 0 and 1")

@@ -19,7 +19,6 @@ from effad_lib.images import NaturalImages, augment_colour, to_float
 from effad_lib.networks import initialise
 from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
-from effad_lib.settings import PRECISIONS
 from effad_lib.training.settings import TrainingSettings
 from effad_lib.training.step import Losses, step_factor, training_losses
 
@@ -51,7 +50,7 @@ class Trainer:
         self.step, self.seconds, self.stale = 0, 0.0, 0
         self.history: list[dict[str, float]] = []
         self.kept: list[tuple[float, int]] = []  # validation loss and step of the best checkpoints, best first
-        dtype = PRECISIONS[settings.precision]
+        dtype = getattr(torch, settings.precision)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         state = run.load_checkpoint("last")

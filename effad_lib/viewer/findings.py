@@ -13,7 +13,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
 
 from effad_lib import plots
@@ -21,7 +20,7 @@ from effad_lib.datasets import Sample
 from effad_lib.detection import pair_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.evaluation import MAP_NAMES, data_of, load_maps
-from effad_lib.images import UNREADABLE, ImageError, find_images, read_image, read_mask, to_float
+from effad_lib.images import ALL_LEVELS, UNREADABLE, ImageError, find_images, read_image, read_mask
 from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, from_project
 from effad_lib.settings import pick_device
@@ -117,7 +116,8 @@ class Findings:
     def picture(self, index: int) -> Picture:
         """Read image, truth and maps. Raises `ImageError` for what cannot be read any more."""
         sample = self.samples[index]
-        image = read_image(sample.image).transpose(1, 2, 0)
+        levels = self.detector.levels if self.detector else ALL_LEVELS
+        image = read_image(sample.image, levels=levels).transpose(1, 2, 0)
         truth = np.zeros(image.shape[:2], dtype=bool) if sample.label == 0 else None
         if sample.mask is not None:
             truth = read_mask(sample.mask, image.shape[:2], sample.mask_level)
@@ -157,10 +157,8 @@ class Findings:
 
 def scan(detector: EfficientAD, path: Path) -> Maps:
     """Run a detector over one image file. Raises `ImageError` if it cannot be read or its map is not finite."""
-    image = torch.from_numpy(read_image(path, detector.image_size))[None]
-    with torch.inference_mode():
-        found = detector.eval()(to_float(image.to(detector.device)))
-    maps = {name: getattr(found, name)[0, 0].cpu().numpy() for name in MAP_NAMES}
+    found = detector.inspect(read_image(path, detector.image_size, detector.levels)[None])
+    maps = {name: getattr(found, name)[0] for name in MAP_NAMES}
     if not np.isfinite(maps["combined"]).all():
         raise ImageError(f"{path}: its map is not finite: this model's training has diverged. Train it again.")
     return maps

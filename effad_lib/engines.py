@@ -1,0 +1,182 @@
+"""Exported detectors: a file of `effad export` behind the interface that `EfficientAD` has too, without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from effad_lib.reading import Levels, Size, check_levels
+from effad_lib.settings import SettingsError, nearest
+
+OUTPUTS = ("combined", "student_teacher", "student_autoencoder", "score")
+"""What an exported model returns, in this order."""
+
+CARD = "effad_card"
+"""Under this name an exported file holds its card, as JSON."""
+
+EXTRA = 'pip install "effad[export]", or {} alone where there is no torch.'
+
+
+class Inspection(NamedTuple):
+    """What a detector finds on N images: maps float32 [N, H, W] at the images' size, scores float32 [N].
+
+    The score is the largest value of the combined map at the network's size, not clamped.
+    """
+
+    combined: np.ndarray
+    student_teacher: np.ndarray
+    student_autoencoder: np.ndarray
+    score: np.ndarray
+
+
+class Inspector(Protocol):
+    """Whatever can judge images: an `EfficientAD` or an `Exported` one.
+
+    `image_size` is the size that the networks work at; `input_size` the one to which an image is brought before, None
+    where the model itself resizes whatever it gets; `levels` are those of 16-bit images, see `read_image`.
+    """
+
+    card: dict[str, Any]
+    image_size: Size
+    input_size: Size | None
+    levels: Levels | None
+    threshold: float | None
+    pixel_threshold: float | None
+
+    def inspect(self, images: np.ndarray) -> Inspection:
+        """Return maps and scores of images uint8 [N, 3, H, W]."""
+
+
+class Exported:
+    """A detector out of one exported file; see `load_exported`. `threads` of the CPU, 0 leaves it to the runtime."""
+
+    def __init__(self, path: Path, device: str, threads: int) -> None:
+        try:
+            text = self._open(path, device, threads)
+            self.card = json.loads(text)
+            made, self.image_size = self.card["export"], tuple(self.card["image_size"])
+            self.threshold, self.pixel_threshold = self.card["threshold"], self.card["pixel_threshold"]
+            self.calibration = self.card["calibration"]
+            self.input_size = None if made["input_size"] is None else tuple(made["input_size"])
+            self.levels = check_levels(self.card["levels"])
+            self.batch: int | None = made["batch"]
+        except (ImportError, SettingsError):
+            raise
+        except Exception as error:  # each runtime has a dozen classes of its own for a file that it cannot use
+            reason = str(error).strip().splitlines()
+            raise SettingsError(
+                f"model {path}: not a whole effad export that this runtime can use "
+                f"({reason[0] if reason else type(error).__name__}). Export it again, with a lower --opset if this "
+                f"runtime is older than the one there."
+            ) from error
+
+    def _open(self, path: Path, device: str, threads: int) -> str:
+        """Load the file and return its card as text."""
+        raise NotImplementedError
+
+    def _run(self, images: np.ndarray) -> Sequence[np.ndarray]:
+        """Return the four outputs for images float32 [N, 3, H, W] in [0, 1]; the file takes their number and size."""
+        raise NotImplementedError
+
+    def inspect(self, images: np.ndarray) -> Inspection:
+        """Return maps and scores of images [N, 3, H, W], uint8 or float32 in [0, 1].
+
+        A fixed batch is filled up with zeros and the surplus dropped. Raises `SettingsError` for images of another size
+        than a fixed export takes.
+        """
+        size = images.shape[2:]
+        if images.ndim != 4 or images.shape[1] != 3 or (self.input_size and size != self.input_size):
+            takes = "any height and width" if self.input_size is None else "{}×{}".format(*self.input_size)
+            raise SettingsError(
+                f"images of shape {images.shape}: this export takes [N, 3, height, width] with {takes}. Resize them, "
+                f"or export with --any-size."
+            )
+        if images.dtype == np.uint8:
+            images = images.astype(np.float32) / 255
+        count, batch = len(images), self.batch or len(images)
+        if missing := -count % batch:
+            images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.float32)])
+        parts = [self._run(images[start : start + batch]) for start in range(0, len(images), batch)]
+        *maps, score = (np.concatenate(outputs)[:count] for outputs in zip(*parts, strict=True))
+        return Inspection(*(values[:, 0] for values in maps), score)
+
+
+class OnnxDetector(Exported):
+    """An exported detector in ONNX Runtime."""
+
+    def _open(self, path: Path, device: str, threads: int) -> str:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise SettingsError(f"{path}: needs onnxruntime: {EXTRA.format('pip install onnxruntime')}") from error
+        providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+        there = [name for name, provider in providers.items() if provider in onnxruntime.get_available_providers()]
+        name = _device(device, there, "cuda")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        wanted = list(dict.fromkeys([providers[name], "CPUExecutionProvider"]))
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+        self.runtime = f"ONNX Runtime {onnxruntime.__version__}"
+        return self._session.get_modelmeta().custom_metadata_map[CARD]
+
+    def _run(self, images: np.ndarray) -> Sequence[np.ndarray]:
+        return self._session.run(list(OUTPUTS), {"images": images})
+
+
+class OpenVinoDetector(Exported):
+    """An exported detector in OpenVINO.
+
+    On the CPU it computes in float32 whatever the file's precision, but for what is quantised: bfloat16, which OpenVINO
+    takes by itself where the processor has it, moved scores by 7 % here, and not on other machines.
+    """
+
+    def _open(self, path: Path, device: str, threads: int) -> str:
+        try:
+            import openvino
+        except ImportError as error:
+            raise SettingsError(f"{path}: needs openvino: {EXTRA.format('pip install openvino')}") from error
+        core = openvino.Core()
+        there = {name.lower(): name for name in core.available_devices}
+        name = there[_device(device, list(there), "gpu")]
+        model = core.read_model(path)
+        settings = {"INFERENCE_PRECISION_HINT": "f32"} if name == "CPU" else {}
+        settings |= {"INFERENCE_NUM_THREADS": threads} if name == "CPU" and threads else {}
+        self._compiled = core.compile_model(model, name, settings)
+        self._request = self._compiled.create_infer_request()
+        self.runtime = f"OpenVINO {openvino.__version__.partition('-')[0]}"
+        return model.get_rt_info([CARD]).astype(str)
+
+    def _run(self, images: np.ndarray) -> Sequence[np.ndarray]:
+        found = self._request.infer({"images": images})
+        return [found[name].copy() for name in OUTPUTS]  # the request writes the next ones in the same place
+
+
+RUNTIMES: dict[str, type[Exported]] = {".onnx": OnnxDetector, ".xml": OpenVinoDetector}
+"""Which class opens which file."""
+
+
+def _device(wanted: str, there: list[str], best: str) -> str:
+    """Return the name of a device that is there; "auto" takes `best` or the CPU. Raises `SettingsError`."""
+    if wanted == "auto":
+        return best if best in there else "cpu"
+    if wanted not in there:
+        raise SettingsError(f"device = {wanted!r}: not available to this runtime. Use 'auto' or: {', '.join(there)}.")
+    return wanted
+
+
+def load_exported(path: str | Path, device: str = "auto", threads: int = 0) -> Exported:
+    """Load a file of `effad export`: `.onnx`, or `.xml` with its `.bin` beside it.
+
+    Raises `SettingsError` if the file is missing or not whole, if the runtime is not installed, or for a device that
+    the runtime does not have.
+    """
+    path = Path(path)
+    if path.suffix not in RUNTIMES:
+        raise SettingsError(f"model {path}: unknown ending {path.suffix!r}: {nearest(path.suffix, RUNTIMES)}")
+    if not path.is_file():
+        raise SettingsError(f"model {path}: there is no such file. Export one with `effad export RUN`.")
+    return RUNTIMES[path.suffix](path, device, threads)

@@ -1,0 +1,154 @@
+"""An exported detector beside the one in torch: how far maps and scores are apart, and whether decisions flip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from effad_lib.detection import decision, inspect_one, resize_map
+from effad_lib.engines import OUTPUTS, Inspection, Inspector
+from effad_lib.metrics import image_auroc
+from effad_lib.progress import progress
+from effad_lib.synthesis import damage, photograph_defects
+
+QUANTILE = 0.1
+"""What five in a thousand pixels of normal images exceed: differences of smaller values count as shares of it."""
+
+
+class Tolerance(NamedTuple):
+    """What an export may differ by: in any value of a map and in a score, as shares; in AU-ROC, or by one pair."""
+
+    maps: float
+    score: float
+    auroc: float
+
+
+TOLERANCES = {
+    "float32": Tolerance(0.001, 0.001, 0.001),
+    "float16": Tolerance(0.02, 0.02, 0.005),
+    "int8": Tolerance(0.5, 0.25, 0.03),
+}
+"""By precision."""
+
+RESIZED = Tolerance(0.15, 0.03, 0.005)
+"""At least this where images are resized inside: Pillow rounds some colour values otherwise, see `resize`."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an export is from its model on the same images.
+
+    `differences`: for each output the largest one, and the largest as a share of the value, or of the threshold where
+    the value is less (at least of 0.1). `auroc`: that of the scores of good images against those with a synthetic
+    defect, of the model and of the export. `flipped`: for each decision that differs, how far the model's score was
+    from the threshold, as a share of it.
+    """
+
+    good: int
+    defective: int
+    differences: dict[str, tuple[float, float]]
+    auroc: tuple[float, float]
+    flipped: tuple[float, ...]
+    tolerance: Tolerance
+
+    @property
+    def faults(self) -> list[str]:
+        """What is above the tolerance, in words; empty if nothing is."""
+        found = [
+            f"{_label(name)} differs by {relative:.2%} (tolerance {self._limit(name):.1%})"
+            for name, (_, relative) in self.differences.items()
+            if not relative <= self._limit(name)
+        ]
+        change = self.auroc[1] - self.auroc[0]
+        if not abs(change) <= max(self.tolerance.auroc, 1.01 / (self.good * self.defective)):
+            found.append(f"AU-ROC changes by {change:+.4f} (tolerance {self.tolerance.auroc:g})")
+        return found
+
+    def _limit(self, name: str) -> float:
+        return self.tolerance.score if name == "score" else self.tolerance.maps
+
+    def as_card(self) -> dict[str, Any]:
+        """Return the figures as plain values for the card of the export; None for what is not finite."""
+        return {
+            "good_images": self.good,
+            "synthetic_defects": self.defective,
+            "largest_difference": {name: _finite(absolute) for name, (absolute, _) in self.differences.items()},
+            "largest_share": {name: _finite(relative) for name, (_, relative) in self.differences.items()},
+            "auroc": {"model": self.auroc[0], "export": self.auroc[1]},
+            "flipped_decisions": len(self.flipped),
+            "tolerance": self.tolerance._asdict(),
+        }
+
+    def as_text(self) -> str:
+        """Return the figures as a small table."""
+        lines = [f"{'largest difference':<24}{'absolute':>10}{'share':>10}{'tolerance':>11}"]
+        for name, (absolute, relative) in self.differences.items():
+            lines.append(f"{_label(name):<24}{absolute:>10.2g}{relative:>10.2%}{self._limit(name):>11.1%}")
+        before, after = self.auroc
+        lines.append(f"{'AU-ROC':<24}{before:>10.4f}{after:>10.4f}{self.tolerance.auroc:>11g}")
+        far = f", their scores at most {max(self.flipped):.1e} of the threshold away from it" if self.flipped else ""
+        lines.append(f"{'decisions that flip':<24}{len(self.flipped):>10}{far}")
+        lines.append(f"on {self.good} good images and {self.defective} with a synthetic defect")
+        return "\n".join(lines)
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _label(name: str) -> str:
+    return "score" if name == "score" else f"{name.replace('_', '–')} map"
+
+
+def compare(
+    model: Inspector,
+    export: Inspector,
+    good: Sequence[np.ndarray],
+    defective: Sequence[np.ndarray],
+    tolerance: Tolerance,
+) -> Parity:
+    """Compare an export with its model on images uint8 [3, H, W] of any size, treated as `effad detect` does."""
+    least = max(model.threshold, QUANTILE)
+    differences = {name: (0.0, 0.0) for name in OUTPUTS}
+    scores: list[tuple[float, float]] = []
+    flipped = []
+    for image in progress([*good, *defective], desc="comparing", unit="image", leave=False):
+        ours, theirs = (_at_size(inspect_one(one, image), image.shape[1:]) for one in (model, export))
+        for name, (absolute, relative) in differences.items():
+            value, other = getattr(ours, name).astype(float), getattr(theirs, name).astype(float)
+            off = np.abs(value - other)
+            # A value that is not a number is never below a tolerance.
+            share = np.max(off / np.maximum(np.abs(value), least))
+            differences[name] = float(np.fmax(absolute, off.max())), max(relative, share if share >= 0 else np.inf)
+        scores.append((float(ours.score[0]), float(theirs.score[0])))
+        if decision(model, scores[-1][0]) != decision(export, scores[-1][1]):
+            flipped.append(abs(scores[-1][0] - model.threshold) / least)
+    of_model, of_export = np.nan_to_num(np.array(scores), nan=np.inf).T
+    labels = np.repeat([0, 1], [len(good), len(defective)])
+    auroc = image_auroc(of_model, labels), image_auroc(of_export, labels)
+    return Parity(len(good), len(defective), differences, auroc, tuple(flipped), tolerance)
+
+
+def _at_size(found: Inspection, size: tuple[int, int]) -> Inspection:
+    *maps, score = found
+    return Inspection(*(resize_map(values[0], size) for values in maps), score)
+
+
+def tolerance_of(precision: str, resized: bool) -> Tolerance:
+    """Return what an export of this precision may differ by; a little more if it resizes images itself."""
+    given = TOLERANCES[precision]
+    return Tolerance(*map(max, given, RESIZED)) if resized else given
+
+
+def with_defects(images: Sequence[np.ndarray], seed: int = 0) -> list[np.ndarray]:
+    """Return a copy of each good image uint8 [3, H, W] with a synthetic defect on it, of all kinds in turn."""
+    damaged = []
+    for index, image in enumerate(images):
+        picture = np.ascontiguousarray(image.transpose(1, 2, 0))
+        kinds = photograph_defects(picture)
+        drawn = damage(picture, kinds[index % len(kinds)], seed=seed + index)
+        damaged.append(drawn.image.transpose(2, 0, 1))
+    return damaged

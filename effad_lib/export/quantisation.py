@@ -1,0 +1,80 @@
+"""INT8 by NNCF: the convolutions of the networks, calibrated on good and damaged images; all else stays float32."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+
+TAIL = {
+    "onnx": ["MatMul", "Sub", "Mul", "Div", "Pow", "Add", "ReduceMean", "Resize", "Pad", "Concat", "Split"],
+    "openvino": ["MatMul", "Subtract", "Multiply", "Divide", "Power", "Add", "ReduceMean", "Interpolate"],
+}
+"""Operations whose inputs are not quantised: resizing, normalisation, squared differences. What is rare there, a
+defect, would be clipped at what good images reach."""
+
+
+def quantise(model: Any, images: np.ndarray, to: str, batch: int) -> Any:
+    """Return a model, ONNX or OpenVINO as `to` says, with convolutions of 8 bits.
+
+    `images` float32 [N, 3, H, W] are what it is calibrated on, of the size that the model takes, `batch` at a time. The
+    first convolution of each network, a few per cent of the work, stays float32, ranges reach from the lowest to the
+    highest value, and biases are corrected layer by layer: on the solar cells of ELPV that brought the largest error of
+    a test score from 85 % with all of it left out to 2.5 %, on gaskets from 22 % to 17 %.
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA, which is not needed
+    import nncf
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    step = batch or 1
+    count = -(-len(images) // step) * step
+    filled = images[np.arange(count) % len(images)]
+    batches = [filled[start : start + step] for start in range(0, count, step)]
+    take = (lambda batch: {"images": batch}) if to == "onnx" else (lambda batch: batch)
+    with _without_bars():
+        return nncf.quantize(
+            model,
+            nncf.Dataset(batches, take),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(batches),
+            fast_bias_correction=False,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+            ),
+            ignored_scope=nncf.IgnoredScope(types=TAIL[to], names=_first_layers(model, to), validate=False),
+        )
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the bars of NNCF to itself: in a notebook each leaves a widget behind."""
+    console = importlib.import_module("rich").get_console()  # which NNCF draws them on
+    before = console.quiet, console.is_jupyter
+    console.quiet, console.is_jupyter = True, False
+    try:
+        yield
+    finally:
+        console.quiet, console.is_jupyter = before
+
+
+def _first_layers(model: Any, to: str) -> list[str]:
+    """Return the names of the convolutions that look at the image: those with three input channels."""
+    return _onnx_first(model) if to == "onnx" else _openvino_first(model)
+
+
+def _onnx_first(model: onnx.ModelProto) -> list[str]:
+    shapes = {value.name: list(value.dims) for value in model.graph.initializer}
+    return [node.name for node in model.graph.node if node.op_type == "Conv" and shapes[node.input[1]][1] == 3]
+
+
+def _openvino_first(model: Any) -> list[str]:
+    convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
+    return [node.get_friendly_name() for node in convolutions if node.input(1).get_shape()[1] == 3]

@@ -1,0 +1,263 @@
+"""How long a detector takes from image tensor to maps and score: every engine and precision in one run, in turn."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from effad_lib.datasets import Sample
+from effad_lib.detection import inspect_one
+from effad_lib.detector import EfficientAD
+from effad_lib.engines import Inspector, load_exported
+from effad_lib.export import LEAST_OPSET, ExportSettings, convert, in_half, record, save, to_onnx
+from effad_lib.images import Size, check_size, read_image
+from effad_lib.metrics import image_auroc
+from effad_lib.networks import check_network
+from effad_lib.reading import fitted
+from effad_lib.settings import Settings, pick_device
+
+PRECISIONS = ("float32", "float16", "int8")
+
+PAUSE = 0.01
+"""Seconds between two calls: threads of the last one that still wait for work would slow the next one down."""
+
+Call = Callable[[Tensor], object]
+"""From images float32 [N, 3, H, W] in [0, 1] on a device to maps and scores, finished when it returns."""
+
+Key = tuple[str, str]
+"""Engine and precision."""
+
+
+@dataclass(frozen=True)
+class LatencySettings(Settings):
+    """Settings of notebook 07."""
+
+    run_folder: str = "runs/training"  # of an evaluated run, whose exports are tested on its own test images
+    more_runs: list[str] = ()  # further evaluated runs, such as one of size S, for accuracy against latency
+    sizes: list[str] = ("S", "M")  # whose latency is measured, with random weights
+    image_size: list[int] = (64, 64)  # height and width in pixels for that; the paper's is 256 256
+    batches: list[int] = (1, 16)  # images at a time
+    seconds: float = 0.3  # to measure each case for, three calls at least
+    longest: float = 1.0  # cases whose call takes more seconds than this are left out
+    compiled: list[str] = ("S",)  # sizes for torch.compile, at the first of the batches; half a minute for each
+    most_images: int = 70  # of the test images, evenly spread, for accuracy against latency
+    threads: int = 1  # of the CPU for every engine; 0 takes all cores, which wants a machine without other work
+    device: str = "auto"
+
+    def check(self) -> None:
+        for size in (*self.sizes, *self.compiled):
+            check_network(size)
+        check_size(self.image_size)
+        self.require(len(self.batches) > 0, "batches", "at least one number")
+        self.require(all(batch >= 1 for batch in self.batches), "batches", "numbers of at least 1")
+        self.require(self.most_images >= 1, "most_images", "a number of at least 1")
+        self.require(self.seconds > 0, "seconds", "a number above 0")
+        self.require(self.longest > 0, "longest", "a number above 0")
+        self.require(self.threads >= 0, "threads", "a number of threads, or 0 for all cores")
+        pick_device(self.device)
+
+    @property
+    def cores(self) -> int:
+        """The number of threads, spelt out."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+def contenders(
+    detector: EfficientAD, images: np.ndarray, folder: str | Path, *, threads: int, compiled: bool = True
+) -> dict[Key, Call]:
+    """Return every engine and precision that is here as a function of the same images.
+
+    `images` uint8 [N, 3, H, W] of the detector's size calibrate INT8. The exports are written below `folder`. In torch
+    float16 is measured on CUDA only, as CPUs have no such convolution; exports run on the CPU unless ONNX Runtime knows
+    CUDA too. Sets torch's number of threads.
+    """
+    torch.set_num_threads(threads)
+    detector, on_gpu = detector.eval(), detector.device.type == "cuda"
+    torches = {"float32": detector} | ({"float16": in_half(detector)} if on_gpu else {})
+    found: dict[Key, Call] = {("torch", name): _in_torch(model) for name, model in torches.items()}
+    for name, model in torches.items() if compiled and (on_gpu or shutil.which(os.environ.get("CXX", "g++"))) else ():
+        found["torch.compile", name] = _in_torch(torch.compile(copy.deepcopy(model)))
+    graphs = {half: to_onnx(detector, half=half, input_size=detector.image_size) for half in (False, True)}
+    for to, engine in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO")):
+        for precision in PRECISIONS:
+            settings = ExportSettings(to=to, precision=precision)
+            model = convert(graphs[precision == "float16"], settings, images)
+            card = detector.card_now() | {"export": record(settings, detector.image_size)}
+            path = save(model, card, Path(folder) / f"{precision}.{'onnx' if to == 'onnx' else 'xml'}")
+            exported = load_exported(path, "auto" if on_gpu and to == "onnx" else "cpu", threads)
+            found[engine, precision] = lambda images, exported=exported: exported.inspect(images.cpu().numpy())
+    return found
+
+
+def _in_torch(model: Callable[[Tensor], tuple]) -> Call:
+    @torch.inference_mode()
+    def call(images: Tensor) -> object:
+        maps = model(images)
+        return maps, maps[0].amax(dim=(1, 2, 3)).cpu()  # which waits for the device
+
+    return call
+
+
+def of_literal(literal: ModuleType, detector: EfficientAD) -> Call:
+    """Return the paper's Algorithm 2 as `tests/literal.py` writes it down, one image at a time, for sizes S and M."""
+    T, S = (literal.pdn(detector.size, factor * detector.channels, detector.padding) for factor in (1, 2))
+    A = literal.LiteralAutoencoder(detector.channels)
+    for source, target in ((detector.teacher, T), (detector.student, S), (detector.autoencoder, A)):
+        literal.copy_weights(source, target)
+        target.to(detector.device).eval()
+    quantiles = detector.quantiles.flatten().tolist()
+    mu, sigma = detector.teacher_mean.flatten(), detector.teacher_std.flatten()
+
+    def call(images: Tensor) -> object:
+        return [literal.score(T, S, A, mu, sigma, quantiles, image[None], detector.padding) for image in images]
+
+    return call
+
+
+def measure(calls: Mapping[tuple, Callable[[], object]], *, seconds: float, longest: float = np.inf) -> pd.DataFrame:
+    """Time calls in turn, one of each a round, so that whatever slows the machine slows all of them.
+
+    After two calls that warm up, the second of which decides whether a call takes longer than `longest` and is left
+    out, each is timed for `seconds` and three times at least. Returns for each key median_ms, p99_ms (the 99th
+    percentile; with less than a hundred calls that is close to the slowest) and calls; NaN for those left out.
+    """
+    took: dict[tuple, list[float]] = {}
+    for key, call in calls.items():
+        call()
+        time.sleep(PAUSE)
+        if _timed(call) <= longest:
+            took[key] = []
+    waiting = list(took)
+    while waiting:
+        for key in waiting:
+            time.sleep(PAUSE)
+            took[key].append(_timed(calls[key]))
+        waiting = [key for key in waiting if len(took[key]) < 3 or sum(took[key]) < seconds]
+        waiting = waiting[1:] + waiting[:1]  # nobody always comes after the same one
+    rows = {
+        key: [1000 * statistics.median(took[key]), 1000 * float(np.quantile(took[key], 0.99)), len(took[key])]
+        if key in took
+        else [np.nan, np.nan, 0]
+        for key in calls
+    }
+    index = pd.MultiIndex.from_tuples(list(rows))
+    return pd.DataFrame(list(rows.values()), index, columns=["median_ms", "p99_ms", "calls"])
+
+
+def _timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def accuracy(inspectors: Mapping[Key, Inspector], samples: Sequence[Sample], *, seconds: float = 0.5) -> pd.DataFrame:
+    """Let a model and its exports score the images of a test split, read as `effad detect` does, and time one of them.
+
+    Returns for each key median_ms, from an image of the network's size to maps and score, and image_auroc.
+    """
+    images = [read_image(sample.image, levels=next(iter(inspectors.values())).levels) for sample in samples]
+    labels = np.array([sample.label for sample in samples])
+    small = {key: fitted(images[0], one.image_size)[None] for key, one in inspectors.items()}
+    table = measure({key: lambda key=key: inspectors[key].inspect(small[key]) for key in inspectors}, seconds=seconds)
+    scores = {key: np.array([float(inspect_one(one, i).score[0]) for i in images]) for key, one in inspectors.items()}
+    table["image_auroc"] = np.array([image_auroc(scores[key], labels) for key in inspectors], dtype=float)
+    return table.rename_axis(["engine", "precision"])[["median_ms", "image_auroc"]]
+
+
+def flop(detector: EfficientAD, size: Size) -> int:
+    """Return the floating-point operations for one image: two for each multiplication with its addition."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        detector(torch.zeros((1, 3, *size), device=detector.device))
+    return counter.get_total_flops()
+
+
+def peak(device: str | torch.device = "cpu", threads: int = 0, *, side: int = 2048, repeats: int = 7) -> float:
+    """Return the floating-point operations a second that a large float32 matrix product reaches, the best of some.
+
+    On the CPU the better of torch's and ONNX Runtime's, as on some processors either is far from what they can do.
+    Sets torch's number of threads, unless 0 leaves it as it is.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    one, other = torch.rand((2, side, side), device=device)
+    wait = torch.cuda.synchronize if one.is_cuda else lambda: None
+    products = [lambda: (torch.mm(one, other), wait())]
+    if not one.is_cuda:
+        session, given = _matrix_product(side, threads), {"one": one.numpy(), "other": other.numpy()}
+        products.append(lambda: session.run(None, given))
+    took = [_timed(product) for _ in range(1 + repeats) for product in products]
+    return 2 * side**3 / min(took)
+
+
+def _matrix_product(side: int, threads: int) -> Any:
+    """Return a session of ONNX Runtime that multiplies two matrices."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    one, other, product = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [side, side]) for name in ("one", "other", "product")
+    )
+    node = helper.make_node("MatMul", ["one", "other"], ["product"])
+    graph = helper.make_graph([node], "product", [one, other], [product])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", LEAST_OPSET)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def grid(
+    detectors: Mapping[str, EfficientAD],
+    settings: LatencySettings,
+    folder: str | Path,
+    literal: ModuleType | None = None,
+) -> pd.DataFrame:
+    """Measure sizes × engines × precisions × batches in one run.
+
+    Returns a row for each: size, engine, precision, batch, median_ms, p99_ms, calls, images_per_second, gflop (an
+    image), share of the machine's measured float32 peak.
+    """
+    calls, work = {}, {}
+    for size, detector in detectors.items():
+        shape = (2, 3, *detector.image_size)
+        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        where = Path(folder) / size
+        found = contenders(detector, images, where, threads=settings.cores, compiled=size in settings.compiled)
+        if literal and size != "XS":  # which is not the paper's
+            found = {("literal", "float32"): of_literal(literal, detector)} | found
+        work[size] = flop(detector, detector.image_size)
+        for batch in settings.batches:
+            given = torch.rand((batch, *shape[1:]), device=detector.device)
+            for (engine, precision), call in found.items():
+                if engine == "torch.compile" and batch != settings.batches[0]:  # it would compile anew
+                    continue
+                calls[size, engine, precision, batch] = lambda call=call, given=given: call(given)
+    best = peak(next(iter(detectors.values())).device, settings.cores)
+    table = measure(calls, seconds=settings.seconds, longest=settings.longest)
+    table = table.rename_axis(["size", "engine", "precision", "batch"]).reset_index()
+    table["images_per_second"] = 1000 * table["batch"] / table["median_ms"]
+    table["gflop"] = table["size"].map(work) / 1e9
+    table["share_of_peak"] = 1e9 * table["gflop"] * table["images_per_second"] / best
+    table.attrs["peak"] = best
+    return table
+
+
+def chance_detector(size: str, image_size: Sequence[int], device: torch.device, channels: int = 384) -> EfficientAD:
+    """Return an untrained detector with some threshold: as fast as a trained one, and of no other use."""
+    torch.manual_seed(0)
+    detector = EfficientAD(size, channels, image_size=tuple(image_size)).to(device).eval()
+    detector.threshold = detector.pixel_threshold = 1.0
+    return detector

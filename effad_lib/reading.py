@@ -1,0 +1,189 @@
+"""Image files in: found, read, checked, resized, as arrays; without torch, as exported models run without it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+Levels = tuple[float, float]
+"""Of a 16-bit grey image the values that become black (0) and white (255), linear in between, cut off beyond."""
+
+ALL_LEVELS: Levels = (0, 65535)
+"""For where only an image's shape counts."""
+
+SMALLEST = 64
+"""The smallest image side in pixels that the autoencoder's encoder can reduce to one cell."""
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+"""Pillow's modes that become RGB without a guess."""
+
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+"""Pillow's modes of grey images that are read with `Levels`."""
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for a file that it cannot decode."""
+
+
+class ImageError(ValueError):
+    """An image, a mask or a folder of images that cannot be used; the message names the file and the remedy."""
+
+
+def check_size(size: Sequence[int]) -> Size:
+    """Return `size` as (height, width). Raises `ImageError` unless both are whole numbers of at least 64 pixels."""
+    pair = tuple(size) if isinstance(size, Sequence) else ()
+    if len(pair) != 2 or not all(isinstance(length, Integral) and length >= SMALLEST for length in pair):
+        raise ImageError(f"image size {size!r}: takes height and width, whole numbers of at least {SMALLEST} pixels.")
+    return int(pair[0]), int(pair[1])
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Return the image files below `folder`, sorted; links that lead out of it are left out.
+
+    Raises `ImageError` if the folder is missing or holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ImageError(f"{folder}: there is no such folder. Give a folder of images ({', '.join(sorted(SUFFIXES))}).")
+    found = list(images_below(folder))
+    if not found:
+        raise ImageError(f"{folder}: no image below this folder. Known endings: {', '.join(sorted(SUFFIXES))}.")
+    return found
+
+
+def images_below(folder: Path, root: Path | None = None) -> Iterator[Path]:
+    """Yield image files in the order of their names: a million of them in seconds, so only links are looked up.
+
+    Links that lead out of `root`, by default the folder itself, are left out. Raises `ImageError` for a folder that
+    cannot be listed.
+    """
+    root = root or folder.resolve()
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise ImageError(f"{folder}: the folder cannot be listed ({error.strerror}). Mend its permissions.") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from images_below(folder / entry.name, root)
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():
+            path = folder / entry.name
+            if not entry.is_symlink() or path.resolve().is_relative_to(root):
+                yield path
+
+
+def check_levels(levels: Sequence[float]) -> Levels | None:
+    """Return levels as a pair, None for none. Raises `ImageError` unless they are two values, the first the lower."""
+    if len(levels) and not (len(levels) == 2 and levels[0] < levels[1]):
+        raise ImageError(f"levels {list(levels)}: takes the values of black and of white, the first the lower one.")
+    return (float(levels[0]), float(levels[1])) if len(levels) else None
+
+
+def read_image(path: str | Path, size: Size | None = None, levels: Levels | None = None) -> np.ndarray:
+    """Read an image as RGB, upright by its EXIF tag, and resize it to `size` (antialiased bilinear).
+
+    Returns uint8 [3, H, W]. Eight-bit grey, palette and transparent images become RGB, the three channels of grey ones
+    equal; 16-bit grey ones are brought to 8 bits by `levels` first. Raises `ImageError` for files that cannot be
+    decoded, for 16-bit colour, float and CMYK images and 16-bit grey without `levels`, whose conversion would be a
+    guess, and, where a `size` is given, for sides below 64 pixels: enlarging would invent what the networks are to
+    judge.
+    """
+    with _opened(path, "an image", (*MODES, *SIXTEEN_BITS) if levels else MODES) as image:
+        upright = ImageOps.exif_transpose(image)
+        if image.mode in SIXTEEN_BITS:
+            low, high = levels
+            share = (np.asarray(upright, dtype=float) - low) / (high - low)
+            pixels = np.repeat(np.rint(255 * share.clip(0, 1)).astype(np.uint8)[None], 3, axis=0)
+        else:
+            pixels = np.array(upright.convert("RGB")).transpose(2, 0, 1)
+    try:
+        return pixels if size is None else fitted(pixels, size)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
+
+
+def fitted(image: np.ndarray, size: Size | None) -> np.ndarray:
+    """Return an image uint8 [3, H, W] resized to `size`, antialiased bilinear; None leaves its size.
+
+    Raises `ImageError` for sides below 64 pixels: enlarging would invent what the networks are to judge.
+    """
+    height, width = image.shape[1:]
+    if min(height, width) < SMALLEST:
+        raise ImageError(f"{width}×{height} pixels are too small; each side takes {SMALLEST} or more.")
+    if size is None or (height, width) == tuple(size):
+        return image
+    picture = Image.fromarray(image.transpose(1, 2, 0))
+    return np.array(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+
+
+def image_size(path: str | Path) -> Size:
+    """Return height and width of an image file without decoding it, as it lies in the file.
+
+    Raises `ImageError` if it is no image, or of a mode that `read_image` refuses.
+    """
+    with _opened(path, "an image") as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(path: str | Path, what: str, modes: tuple[str, ...] = MODES) -> Iterator[Image.Image]:
+    """Yield an image file of a supported mode, opened; what fails in opening or decoding it is an `ImageError`."""
+    try:
+        with Image.open(path) as image:
+            _check_mode(path, what, image, modes)
+            yield image
+    except ImageError:
+        raise
+    except UNREADABLE as error:
+        raise ImageError(f"{path}: cannot be read as {what} ({error}). Replace or remove the file.") from error
+
+
+def _check_mode(path: str | Path, what: str, image: Image.Image, modes: tuple[str, ...]) -> None:
+    """Raise `ImageError` for modes whose conversion would be a guess, 16 bits a channel that Pillow hides included."""
+    grey = image.mode in SIXTEEN_BITS
+    raw = " ".join(str(argument) for tile in image.tile for argument in tile[1:])
+    mode = "16 bits a channel" if ";16" in raw and not grey else image.mode
+    if mode not in modes:
+        levels = (
+            "Name the values of black and white when you train, such as --levels 0 4095, or save" if grey else "Save"
+        )
+        remedy = levels if what == "an image" else "Save"
+        raise ImageError(f"{path}: image mode {mode} is not supported. {remedy} it as 8-bit RGB or 8-bit grey first.")
+
+
+def read_mask(path: str | Path, shape: Size | None = None, level: int = 128) -> np.ndarray:
+    """Read a defect mask: True where the value is at least `level`, half of full scale where halos do not count.
+
+    `path` is a file, or a folder of masks of one image, whose union it is. Returns bool [H, W]. Raises `ImageError` as
+    `read_regions`.
+    """
+    return (read_regions(path, shape) >= level).any(axis=0)
+
+
+def read_regions(path: str | Path, shape: Size | None = None) -> np.ndarray:
+    """Read the masks of one image with their values: a file, or all below a folder in the order of their names.
+
+    Returns uint8 [R, H, W], palette and colour masks by their luma. Raises `ImageError` if one cannot be read or is not
+    of `shape`, or if they differ in size.
+    """
+    files = find_images(path) if Path(path).is_dir() else [path]
+    regions = []
+    for file in files:
+        with _opened(file, "a mask", tuple(mode for mode in MODES if mode != "PA")) as image:
+            regions.append(np.asarray(image.convert("L")))
+        shape = shape or regions[0].shape
+        if regions[-1].shape != tuple(shape):
+            got = regions[-1].shape
+            raise ImageError(f"{file}: mask of {got}, its image has {tuple(shape)}. A mask must match its image.")
+    return np.stack(regions)

@@ -1,0 +1,135 @@
+"""A folder into which a machine drops images: each judged once, results written whole, whenever it is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from effad_lib.detection import Wanted, decision, detect_one, inside, write_table
+from effad_lib.engines import Inspector
+from effad_lib.reading import ImageError, images_below
+from effad_lib.runs import finish_step_on_interrupt, write_json
+
+PATIENCE = 10.0
+"""Seconds for which a file that cannot be read must stay as it is until it counts as broken and not as half written."""
+
+
+class Version(NamedTuple):
+    """By what a file is told from another one of the same name: its size in bytes and its time of change."""
+
+    size: int
+    changed: int
+
+
+def watch(
+    detector: Inspector,
+    images: str | Path,
+    out: str | Path,
+    wanted: Wanted | None = None,
+    *,
+    interval: float = 0.5,
+    patience: float = PATIENCE,
+    report: Callable[[str], object] = print,
+) -> int:
+    """Judge every image that is or comes below a folder, until Ctrl-C; return how many were judged.
+
+    For an image `a/b.jpg` the results are those of `detect` and, written last, `results/a/b.jpg.json`: file, score,
+    threshold, decision, marked, error, and the file's size and time of change. What has it is done, now and after a
+    restart; a file that is written anew under the same name is another one. A file is read when it has not changed
+    between two looks, `interval` seconds apart; one that cannot be read is looked at again until it has been the same
+    for `patience` seconds, and then gets a result with the error. At the end `scores.csv` collects all results. Killed
+    at any moment, the folder holds whole results only. Raises `ImageError` if there is no such folder, `SettingsError`
+    as `detect`.
+    """
+    wanted = wanted or Wanted()
+    wanted.check(detector)
+    images, out = Path(images), Path(out)
+    if not images.is_dir():
+        raise ImageError(f"{images}: there is no such folder to watch.")
+    done: dict[Path, Version] = {}
+    seen: dict[Path, tuple[Version, float]] = {}
+    count = 0
+    with finish_step_on_interrupt() as interrupted:
+        while not interrupted():
+            now, there = time.monotonic(), dict(_versions(images, out))
+            # What was taken away is forgotten, so that memory does not grow with the years.
+            done = {name: version for name, version in done.items() if name in there}
+            seen = {name: known for name, known in seen.items() if name in there}
+            for name, version in there.items():
+                if interrupted():
+                    break
+                if name not in done and (written := _stored(out, name)):
+                    done[name] = written
+                if done.get(name) == version:
+                    continue
+                since = seen[name][1] if name in seen and seen[name][0] == version else None
+                if since is None:
+                    seen[name] = version, now
+                    continue
+                result = _judge(detector, images, name, out, wanted, now - since >= patience)
+                if result is None:
+                    continue
+                result |= {"size": version.size, "changed": version.changed}
+                write_json(_place(out, name), result)
+                done[name] = version
+                del seen[name]
+                count += 1
+                report(f"{name.as_posix()}: {result['error'] or '{decision}, score {score:.4g}'.format(**result)}")
+            _wait(interval, interrupted)
+    collect(out)
+    return count
+
+
+def collect(out: str | Path) -> None:
+    """Write `scores.csv` from all results of a watched folder."""
+    rows = []
+    for path in sorted((Path(out) / "results").rglob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        rows.append(tuple(result[name] for name in ("file", "score", "threshold", "decision", "marked", "error")))
+    write_table(rows, Path(out))
+
+
+def _versions(images: Path, out: Path) -> Iterator[tuple[Path, Version]]:
+    """Yield name and version of the images that are there now, the results left out."""
+    results = out.resolve()
+    for path in images_below(images):
+        try:
+            if not path.resolve().is_relative_to(results):
+                found = path.stat()
+                yield path.relative_to(images), Version(found.st_size, found.st_mtime_ns)
+        except OSError:
+            continue  # it was taken away in between
+
+
+def _place(out: Path, name: Path) -> Path:
+    return inside(out, "results", f"{name}.json")
+
+
+def _stored(out: Path, name: Path) -> Version | None:
+    """Return the version of a file that an earlier call has judged."""
+    path = _place(out, name)
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return Version(result["size"], result["changed"])
+
+
+def _judge(detector: Inspector, images: Path, name: Path, out: Path, wanted: Wanted, last: bool) -> dict | None:
+    """Return the result of one image, None if it cannot be read yet; `last` says that it will not get better."""
+    path = images / name
+    result = {"file": name.as_posix(), "score": None, "threshold": detector.threshold, "decision": "", "marked": None}
+    try:
+        score, marked = detect_one(detector, path, name, out, None, wanted)
+    except ImageError as error:
+        return result | {"error": str(error)} if last and os.path.exists(path) else None
+    return result | {"score": score, "decision": decision(detector, score), "marked": marked, "error": ""}
+
+
+def _wait(seconds: float, interrupted: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and not interrupted():
+        time.sleep(min(left, 0.1))

@@ -1,0 +1,372 @@
+"""Exports: the same maps and scores as the model in torch, whole files or none, errors before the work."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from effad_lib import export as exporting
+from effad_lib.calibration import calibrate
+from effad_lib.cli import main
+from effad_lib.detection import detect
+from effad_lib.detector import EfficientAD
+from effad_lib.engines import CARD, OUTPUTS, load_exported
+from effad_lib.export import ExportError, ExportSettings, export, parity, resize, with_defects
+from effad_lib.images import find_images, load_images, packaged_photographs, read_image
+from effad_lib.runs import PROJECT, Run
+from effad_lib.settings import SettingsError
+
+
+@pytest.fixture(scope="module")
+def normals(tmp_path_factory):
+    """Six good images of 96×120 pixels: parts of one photograph."""
+    folder = tmp_path_factory.mktemp("normals")
+    coffee = next(path for path in packaged_photographs() if path.stem == "coffee")
+    with Image.open(coffee) as photograph:
+        for index in range(6):
+            photograph.crop((40 * index, 30 * index, 40 * index + 120, 30 * index + 96)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, normals):
+    """A function that makes a calibrated detector with random weights of 8 channels; returns it and its file."""
+    made = {}
+
+    def make(size="XS", image_size=(64, 64), padding=False):
+        key = (size, image_size, padding)
+        if key not in made:
+            torch.manual_seed(0)
+            detector = EfficientAD(size, 8, padding, image_size)
+            calibrate(detector, load_images(find_images(normals), image_size))
+            folder = tmp_path_factory.mktemp("trained")
+            made[key] = detector, detector.save(folder / "model.safetensors", {"data": "photograph"})
+        return made[key]
+
+    return make
+
+
+def noise(count, height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 3, height, width), dtype=np.uint8)
+
+
+def assert_same(model, exported, images, rtol=1e-4, atol=1e-5):
+    ours, theirs = model.inspect(images), exported.inspect(images)
+    for name, value, other in zip(OUTPUTS, ours, theirs, strict=True):
+        assert other.dtype == np.float32 and other.shape == value.shape, name
+        np.testing.assert_allclose(other, value, rtol=rtol, atol=atol, err_msg=name)
+
+
+# --- the same figures -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "image_size", "padding", "to", "batch"),
+    [
+        ("S", (64, 96), False, "onnx", 0),
+        ("S", (64, 64), True, "openvino", 8),
+        ("M", (64, 64), False, "onnx", 8),
+        ("M", (64, 96), False, "openvino", 0),
+        ("XS", (68, 131), False, "onnx", 1),
+    ],
+    ids=str,
+)
+def test_an_export_finds_what_the_model_finds(trained, normals, tmp_path, size, image_size, padding, to, batch):
+    detector, file = trained(size, image_size, padding)
+    settings = ExportSettings(to=to, batch=batch, compare=2)
+    path, found = export(file, settings, normals=normals, out=tmp_path / ("m.onnx" if to == "onnx" else "m.xml"))
+    exported = load_exported(path, "cpu")
+    assert exported.image_size == exported.input_size == image_size and exported.batch == (batch or None)
+    assert (exported.threshold, exported.pixel_threshold) == (detector.threshold, detector.pixel_threshold)
+    for count in (1, 8) if batch != 1 else (1, 3):
+        assert_same(detector, exported, noise(count, *image_size))
+    assert not found.faults and (found.good, found.defective) == (2, 2)
+    made = exported.card["export"]
+    assert made["parity"]["largest_difference"]["score"] < 1e-4 and made["parity"]["tolerance"]["score"] == 0.001
+    assert (
+        made["opset"] == 18
+        and made["versions"]["torch"] == torch.__version__.partition("+")[0]
+        and len(made["sha256"]) == 64
+    )
+    assert {key: exported.card[key] for key in detector.card} == detector.card
+
+
+@pytest.fixture(scope="module")
+def any_size(trained, normals, tmp_path_factory):
+    """An export that takes images of any size, with its model."""
+    detector, file = trained("XS", (64, 96))
+    path = tmp_path_factory.mktemp("any") / "m.onnx"
+    return detector, export(file, ExportSettings(any_size=True, compare=2), normals=normals, out=path)[0]
+
+
+def test_any_size_is_resized_inside_as_pillow_does_it_outside(any_size, normals):
+    detector, path = any_size
+    exported = load_exported(path, "cpu")
+    assert exported.input_size is None
+    for height, width in ((64, 96), (130, 97), (67, 300)):
+        image = noise(2, height, width)
+        small = np.stack(
+            [
+                np.array(Image.fromarray(one.transpose(1, 2, 0)).resize((96, 64), Image.Resampling.BILINEAR))
+                for one in image
+            ]
+        ).transpose(0, 3, 1, 2)
+        ours, theirs = detector.inspect(small), exported.inspect(image)
+        assert theirs.combined.shape == (2, height, width)
+        np.testing.assert_allclose(theirs.score, ours.score, rtol=2e-2)
+        maps = functional.interpolate(torch.from_numpy(ours.combined)[:, None], (height, width), mode="bilinear")
+        np.testing.assert_allclose(theirs.combined, maps[:, 0], rtol=5e-2, atol=5e-3)
+
+
+def test_resizing_is_pillows_to_one_colour_value():
+    picture = noise(1, 130, 97)
+    for size, most in (((64, 64), 0.005), ((99, 97), 0.005), ((130, 64), 0.005), ((99, 201), 0.5)):
+        expected = np.array(
+            Image.fromarray(picture[0].transpose(1, 2, 0)).resize(size[::-1], Image.Resampling.BILINEAR)
+        )
+        got = resize(torch.from_numpy(picture).float() / 255, size)[0].permute(1, 2, 0) * 255
+        off = np.abs(got.numpy() - expected)
+        assert off.max() < 1.01 and (off > 0.5).mean() < most
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_half_and_eight_bits_are_near(trained, normals, tmp_path, to):
+    detector, file = trained("XS", (64, 64))
+    images = load_images(find_images(normals), (64, 64)).numpy()
+    sizes = {}
+    for precision in ("float16", "int8"):
+        out = tmp_path / f"{precision}.{'onnx' if to == 'onnx' else 'xml'}"
+        path, found = export(file, ExportSettings(to=to, precision=precision, compare=3), normals=normals, out=out)
+        exported = load_exported(path, "cpu")
+        assert exported.card["export"]["precision"] == precision
+        score = detector.inspect(images).score
+        np.testing.assert_allclose(exported.inspect(images).score, score, rtol=found.tolerance.score)
+        assert found.differences["score"][0] > 0  # these are other numbers, not float32 under another name
+        sizes[precision] = (path if to == "onnx" else path.with_suffix(".bin")).stat().st_size
+    whole = sum(value.numel() * 4 for value in detector.state_dict().values())
+    assert sizes["float16"] < 0.8 * whole
+
+
+def test_the_file_is_plain_onnx_with_a_card(any_size):
+    detector, path = any_size
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    assert [value.name for value in model.graph.output] == list(OUTPUTS)
+    assert not any(value.data_location for value in model.graph.initializer)
+    card = json.loads({entry.key: entry.value for entry in model.metadata_props}[CARD])
+    assert card["threshold"] == detector.threshold and card["image_size"] == [64, 96]
+    assert str(PROJECT) not in path.read_bytes().decode("latin-1")  # nothing names this machine
+
+
+# --- refused --------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_that_differs_is_refused_and_leaves_nothing(trained, normals, tmp_path, monkeypatch):
+    _, file = trained("XS", (64, 64))
+    out = tmp_path / "deep" / "m.onnx"
+    converted = exporting.to_onnx
+
+    def wrong(detector, **options):
+        detector = copy.deepcopy(detector)
+        detector.quantiles[0, 1] *= 1.1
+        return converted(detector, **options)
+
+    monkeypatch.setattr(exporting, "to_onnx", wrong)
+    with pytest.raises(ExportError, match=r"student–teacher map differs by .*Nothing was written.*--force"):
+        export(file, ExportSettings(compare=2), normals=normals, out=out)
+    assert not out.parent.exists()
+    path, found = export(file, ExportSettings(compare=2), normals=normals, out=out, force=True)
+    assert found.faults and load_exported(path).card["export"]["parity"]["forced"]
+
+
+def test_the_comparison_counts_what_it_says(small_detector):
+    class Other:
+        threshold, pixel_threshold = small_detector.threshold, small_detector.pixel_threshold
+        image_size = input_size = (64, 64)
+
+        def inspect(self, images):
+            found = small_detector.inspect(images)
+            return found._replace(score=found.score + 0.5, combined=found.combined * np.nan)
+
+    good = list(noise(3, 64, 64))
+    found = parity.compare(small_detector, Other(), good, with_defects(good), parity.TOLERANCES["float32"])
+    assert found.differences["student_teacher"] == (0, 0)
+    assert found.differences["score"][0] == pytest.approx(0.5, rel=1e-6)
+    assert found.differences["combined"][1] == np.inf
+    scores = small_detector.inspect(np.stack([*good, *with_defects(good)])).score
+    crossing = (scores <= small_detector.threshold) & (scores + 0.5 > small_detector.threshold)
+    assert len(found.flipped) == crossing.sum()
+    assert len(found.faults) == 2 and "combined map differs by inf%" in found.faults[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"to": "tensorrt"}, "to takes 'onnx' or 'openvino'"),
+        ({"precision": "int4"}, "precision takes one of float32, float16, int8"),
+        ({"opset": 17}, "a version of at least 18"),
+        ({"batch": -1}, "a number of images, or 0"),
+        ({"image_size": [64]}, "height and width"),
+        ({"image_size": [64, 64], "any_size": True}, "no image_size beside it"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_named(values, says):
+    with pytest.raises(SettingsError, match=says):
+        ExportSettings.from_mapping(values)
+
+
+def test_an_opset_that_is_unknown_here_is_refused_before_the_work(trained, normals, tmp_path):
+    _, file = trained("XS", (64, 64))
+    with pytest.raises(SettingsError, match=r"opset = 99: the latest that onnx .* knows is \d+"):
+        export(file, ExportSettings(opset=99), normals=normals, out=tmp_path / "m.onnx")
+
+
+def test_an_opset_that_the_runtime_cannot_run_is_refused_before_the_work(trained, normals, tmp_path, monkeypatch):
+    def too_old(*_, **__):
+        raise RuntimeError("opset is not supported")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", too_old)
+    with pytest.raises(SettingsError, match=r"opset = 20: ONNX Runtime .* cannot run it"):
+        export(trained()[1], ExportSettings(opset=20), normals=normals, out=tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(("to", "precision", "gone"), [("onnx", "int8", "nncf"), ("openvino", "float32", "openvino")])
+def test_a_missing_package_names_the_extra(trained, tmp_path, monkeypatch, to, precision, gone):
+    find = exporting.importlib.util.find_spec
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name, *_: None if name == gone else find(name))
+    with pytest.raises(SettingsError, match=rf'{precision} for {to} needs {gone}: pip install "effad\[export\]"'):
+        export(tmp_path / "none", ExportSettings(to=to, precision=precision))
+
+
+def test_models_and_places_that_cannot_be_are_refused(trained, normals, tmp_path):
+    _, file = trained("XS", (64, 64))
+    with pytest.raises(SettingsError, match="no such file"):
+        export(tmp_path / "none.safetensors", ExportSettings(), normals=normals)
+    with pytest.raises(SettingsError, match=r"held out from training are not at hand.*--normals FOLDER"):
+        export(file, ExportSettings(precision="int8"))
+    with pytest.raises(SettingsError, match=r"a file for openvino ends in \.xml"):
+        export(file, ExportSettings(to="openvino"), normals=normals, out=tmp_path / "m.onnx")
+    raw = EfficientAD("XS", 8, image_size=(64, 64)).save(tmp_path / "raw.safetensors")
+    with pytest.raises(SettingsError, match="has no threshold"):
+        export(raw, ExportSettings(), normals=normals)
+
+
+# --- the command line and a machine without torch -------------------------------------------------------------------
+
+BLOCK = """
+import sys
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in {blocked}:
+            raise ImportError(f"{{name}} is not installed here")
+sys.meta_path.insert(0, Blocked())
+from effad_lib.cli import main
+code = main(sys.argv[1:])
+print(sorted({blocked} & sys.modules.keys()))
+sys.exit(code)
+"""
+
+
+def without(packages, *arguments):
+    """Run the command line in a Python where these packages cannot be imported."""
+    script = BLOCK.format(blocked=set(packages))
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+
+
+NO_TORCH = ("torch", "torchvision", "safetensors", "onnx", "onnxscript", "nncf")
+
+
+@pytest.mark.parametrize(("to", "other"), [("onnx", "openvino"), ("openvino", "onnxruntime")])
+def test_a_run_is_exported_and_detects_without_torch(evaluated_run, tmp_path, capsys, to, other):
+    ending = "onnx" if to == "onnx" else "xml"
+    out = tmp_path / f"m.{ending}"
+    assert main(["export", str(evaluated_run), "--to", to, "--compare", "2", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "decisions that flip" in said and f"effad detect {out}" in said
+    images = evaluated_run.parent / "data" / "test"
+    answer = without(
+        [*NO_TORCH, other], "detect", out, images, "--out", tmp_path / "theirs", "--save-maps", "--save-masks"
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[-1] == "[]"
+    main(["detect", str(Run(evaluated_run).model), str(images), "--out", str(tmp_path / "ours"), "--save-maps"])
+    for path in sorted((tmp_path / "ours" / "maps").rglob("*.npy")):
+        theirs = np.load(tmp_path / "theirs" / path.relative_to(tmp_path / "ours"), allow_pickle=False)
+        np.testing.assert_allclose(theirs, np.load(path, allow_pickle=False), rtol=1e-3, atol=1e-4)
+    ours, theirs = ((tmp_path / who / "scores.csv").read_text().splitlines() for who in ("ours", "theirs"))
+    assert [line.split(",")[0] for line in ours] == [line.split(",")[0] for line in theirs] and len(ours) == 7
+    assert (tmp_path / "theirs" / "heatmaps" / "dent" / "0.png.png").is_file()
+
+
+def test_what_is_missing_on_a_machine_is_named(any_size, model, picture, tmp_path):
+    path = picture(tmp_path / "a.png")
+    answer = without([*NO_TORCH, "onnxruntime"], "detect", any_size[1], path)
+    assert answer.returncode == 2 and 'needs onnxruntime: pip install "effad[export]"' in answer.stderr
+    answer = without(NO_TORCH, "detect", model, path)
+    assert answer.returncode == 2 and "needs torch, which is not installed" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize("kind", ["fixed", "any size"])
+def test_the_readmes_camera_loop_decides_as_detect_does(any_size, trained, normals, tmp_path, kind):
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    (source,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "camera_loop" in code]
+    assert len(source.splitlines()) <= 31 and not re.search("effad_lib|torch", source)
+    (tmp_path / "camera_loop.py").write_text(source)
+    detector, path = any_size
+    if kind == "fixed":
+        detector, file = trained("XS", (64, 64))
+        path = export(file, ExportSettings(compare=2), normals=normals, out=tmp_path / "m.onnx")[0]
+    files = find_images(normals)
+    command = [sys.executable, "camera_loop.py", path, *files]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    table = detect(detector, normals, tmp_path / "out").set_index("file")
+    assert len(said) == len(files) == 6
+    for line, image in zip(said, files, strict=True):
+        row = table.loc[image.name]
+        assert line.startswith(f"{image}: ") and f"score {row['score']:.2f}"[:-1] in line
+        if abs(row["score"] - detector.threshold) > 0.02 * detector.threshold:  # that of an image is the threshold
+            assert f": {row['decision']}, " in line
+
+
+# --- what an exported file refuses ----------------------------------------------------------------------------------
+
+
+def test_files_that_are_no_exports_are_named(tmp_path, any_size):
+    with pytest.raises(SettingsError, match="no such file"):
+        load_exported(tmp_path / "m.onnx")
+    (tmp_path / "m.onnx").write_bytes(b"nothing of the kind")
+    with pytest.raises(SettingsError, match="not a whole effad export"):
+        load_exported(tmp_path / "m.onnx")
+    (tmp_path / "m.xml").write_text("<net/>")
+    with pytest.raises(SettingsError, match="not a whole effad export"):
+        load_exported(tmp_path / "m.xml")
+    bare = onnx.load(any_size[1])
+    del bare.metadata_props[:]
+    onnx.save(bare, tmp_path / "bare.onnx")
+    with pytest.raises(SettingsError, match="not a whole effad export"):
+        load_exported(tmp_path / "bare.onnx")
+    with pytest.raises(SettingsError, match=r"device = 'tpu': not available to this runtime. Use 'auto' or: cpu"):
+        load_exported(any_size[1], "tpu")
+
+
+def test_images_of_another_size_than_a_fixed_export_are_named(trained, normals, tmp_path):
+    _, file = trained("XS", (64, 64))
+    settings = ExportSettings(image_size=[80, 100], batch=2, compare=2)
+    exported = load_exported(export(file, settings, normals=normals, out=tmp_path / "m.onnx")[0], "cpu")
+    assert exported.inspect(noise(3, 80, 100)).combined.shape == (3, 80, 100)
+    with pytest.raises(SettingsError, match=r"\(1, 3, 64, 64\): this export takes .* 80×100.*--any-size"):
+        exported.inspect(noise(1, 64, 64))
+    assert read_image(find_images(normals)[0]).shape == (3, 96, 120)

@@ -1,0 +1,106 @@
+"""Latency: what is counted and in which order, every engine the same maps, the literal implementation beside them."""
+
+import literal
+import numpy as np
+import pytest
+import torch
+
+from effad_lib import latency
+from effad_lib.detector import EfficientAD
+from effad_lib.evaluation import data_to_test
+from effad_lib.latency import LatencySettings, chance_detector, contenders, flop, grid, measure, of_literal, peak
+from effad_lib.metrics import image_auroc
+from effad_lib.runs import Run
+from effad_lib.settings import SettingsError
+
+CPU = torch.device("cpu")
+
+
+def test_the_work_is_the_papers():
+    """76 GFLOP for S and 235 for M, at 256×256."""
+    for size, expected in (("S", 76), ("M", 235)):
+        with torch.device("meta"):
+            detector = EfficientAD(size)
+        assert flop(detector, (256, 256)) / 1e9 == pytest.approx(expected, abs=0.5)
+
+
+def test_all_engines_find_the_same_and_take_turns(tmp_path):
+    detector = chance_detector("S", (64, 64), CPU, channels=8)
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
+    found = contenders(detector, images, tmp_path, threads=1, compiled=False)
+    expected = {("ONNX Runtime", name) for name in latency.PRECISIONS} | {
+        ("OpenVINO", name) for name in latency.PRECISIONS
+    }
+    assert found.keys() == expected | {("torch", "float32")}
+    given = torch.from_numpy(images).float() / 255
+    (combined, *_), score = found["torch", "float32"](given)
+    for key, call in found.items():
+        if key[0] != "torch":
+            near = 1e-4 if key[1] == "float32" else 0.02 if key[1] == "float16" else 0.3
+            np.testing.assert_allclose(call(given).combined, combined[:, 0], rtol=near, atol=near * float(score.max()))
+    together = of_literal(literal, detector)(given)
+    np.testing.assert_allclose([one["score"] for one in together], score, rtol=1e-4)
+    assert torch.get_num_threads() == 1
+
+
+def test_calls_take_turns_and_slow_ones_are_left_out(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(latency.time, "sleep", lambda _: None)
+
+    def call(name, *seconds):
+        took = iter(seconds)
+
+        def work():
+            order.append(name)
+            clock[0] += next(took)
+
+        return work
+
+    calls = {
+        ("a",): call("a", 9, 0.1, 0.1, 0.2, 0.6, 0.1, 0.1),  # the first is a compilation
+        ("b",): call("b", 0.3, 0.3, 0.3, 0.3, 0.3, 0.3),
+        ("c",): call("c", 0.1, 3.0),
+    }
+    table = measure(calls, seconds=0.95, longest=1.0)
+    assert order == ["a", "a", "b", "b", "c", "c", "a", "b", "b", "a", "a", "b", "b", "a"]
+    assert table.loc[[("a",)], "calls"].item() == 4 and table.loc[[("a",)], "median_ms"].item() == pytest.approx(150)
+    assert table.loc[[("a",)], "p99_ms"].item() == pytest.approx(600, rel=0.03)
+    assert table.loc[[("b",)], "median_ms"].item() == pytest.approx(300)
+    assert table.loc[[("c",)], "calls"].item() == 0 and np.isnan(table.loc[[("c",)], "median_ms"].item())
+
+
+def test_the_grid_has_every_case_and_what_follows_from_it(tmp_path, monkeypatch):
+    keys = [("torch", "float32"), ("torch.compile", "float32"), ("OpenVINO", "int8")]
+    monkeypatch.setattr(latency, "contenders", lambda *_, **__: {key: lambda images: images.sum() for key in keys})
+    monkeypatch.setattr(latency, "peak", lambda *_: 2e9)
+    settings = LatencySettings(sizes=["XS"], image_size=[64, 64], batches=[1, 3], seconds=0.001, compiled=["XS"])
+    detector = chance_detector("XS", (64, 64), CPU, channels=8)
+    table = grid({"XS": detector}, settings, tmp_path)
+    cases = set(table[["engine", "precision", "batch"]].itertuples(index=False, name=None))
+    assert cases == {(*key, batch) for key in keys for batch in (1, 3)} - {("torch.compile", "float32", 3)}
+    row = table[table["batch"] == 3].iloc[0]
+    assert row["images_per_second"] == pytest.approx(3000 / row["median_ms"])
+    assert row["share_of_peak"] == pytest.approx(row["gflop"] * row["images_per_second"] / 2)
+    assert row["gflop"] == flop(detector, (64, 64)) / 1e9
+
+
+def test_accuracy_is_that_of_the_test_images(evaluated_run):
+    samples = data_to_test(evaluated_run).test
+    detector = EfficientAD.load(Run(evaluated_run).model)
+    table = latency.accuracy({("torch", "float32"): detector}, samples, seconds=0.001)
+    assert table["image_auroc"].item() == pytest.approx(Run(evaluated_run).metrics["image_auroc"])
+    assert table["median_ms"].item() > 0 and image_auroc(np.array([0.0, 1.0]), np.array([0, 1])) == 1
+
+
+def test_a_product_of_matrices_has_a_peak():
+    assert 1e8 < peak(side=256, repeats=2) < 1e15
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"sizes": ["L"]}, {"batches": [0]}, {"batches": []}, {"seconds": 0}, {"image_size": [32, 32]}, {"threads": -1}],
+)
+def test_impossible_settings_are_named(values):
+    with pytest.raises((SettingsError, ValueError), match=next(iter(values)).rstrip("s").replace("_", ".")):
+        LatencySettings.from_mapping(values)

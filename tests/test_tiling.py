@@ -1,0 +1,106 @@
+"""Tiles: one map without seams, equal to that of the whole image where a branch sees no further than 33 pixels."""
+
+import copy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from effad_lib.detection import detect
+from effad_lib.detector import EfficientAD
+from effad_lib.images import ImageError, packaged_photographs, read_image
+from effad_lib.settings import SettingsError
+from effad_lib.tiling import BLIND, check_overlap, inspect_tiles, places
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    """200×300 pixels of a photograph."""
+    coffee = next(path for path in packaged_photographs() if path.stem == "coffee")
+    return read_image(coffee)[:, 60:260, 100:400]
+
+
+def detector(size="S", image_size=(96, 96), padding=False):
+    torch.manual_seed(1)
+    made = EfficientAD(size, 8, padding, image_size).eval()
+    made.quantiles.copy_(torch.tensor([[0.0, 0.01], [0.0, 0.01]]))
+    made.threshold = made.pixel_threshold = 0.1
+    return made
+
+
+@pytest.mark.parametrize(
+    "length, tile, overlap", [(96, 96, 40), (97, 96, 40), (200, 96, 40), (300, 96, 92), (1000, 64, 41)]
+)
+def test_tiles_cover_a_side_and_overlap_enough(length, tile, overlap):
+    starts = list(places(length, tile, overlap))
+    assert starts[0] == 0 and starts[-1] == length - tile and starts == sorted(set(starts))
+    assert all(after - before <= tile - overlap for before, after in pairwise(starts))
+    assert all(start % 4 == 0 for start in starts[:-1])
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("size", ["S", "M", "XS"])
+def test_the_student_teacher_map_is_that_of_the_whole_image(photograph, size, padding):
+    model = detector(size, padding=padding)
+    tiled, whole = inspect_tiles(model, photograph, 40), model.inspect(photograph[None])
+    assert tiled.combined.shape == whole.combined.shape == (1, 200, 300)
+    # The whole image's own border and the tiles' there are the same too.
+    np.testing.assert_allclose(tiled.student_teacher, whole.student_teacher, rtol=1e-4, atol=1e-6)
+    assert tiled.score == tiled.combined.max()
+
+
+def test_the_autoencoder_leaves_no_seams(photograph):
+    """Its maps differ from tile to tile, as it sees one at a time; blended, no step is left where one tile ends."""
+    model = detector()
+    overlap = 60
+    tiled = inspect_tiles(model, photograph, overlap).student_autoencoder[0]
+    whole = model.inspect(photograph[None]).student_autoencoder[0]
+    off = tiled - whole
+    assert np.abs(off).max() > 1e-6  # they do differ
+    # Put together without blending, the difference jumps where tiles meet.
+    hard = np.empty_like(off)
+    for y in places(200, 96, overlap):
+        for x in places(300, 96, overlap):
+            part = model.inspect(photograph[None, :, y : y + 96, x : x + 96]).student_autoencoder[0]
+            top, left = (BLIND if start else 0 for start in (y, x))
+            hard[y + top : y + 96, x + left : x + 96] = part[top:, left:]
+    seams = [x + BLIND for x in places(300, 96, overlap) if x]
+    steps = [np.abs(np.diff(values, axis=1))[:, [seam - 1 for seam in seams]].mean() for values in (off, hard - whole)]
+    assert steps[1] > 10 * steps[0]
+
+
+def test_a_defect_in_an_overlap_is_as_hot_as_elsewhere(photograph):
+    model = detector()
+    broken = photograph.copy()
+    broken[:, 70:84, 60:76] = 0
+    tiled, whole = inspect_tiles(model, broken, 40), model.inspect(broken[None])
+    place = np.unravel_index(tiled.student_teacher[0].argmax(), (200, 300))
+    assert place == np.unravel_index(whole.student_teacher[0].argmax(), (200, 300))
+
+
+def test_tiles_that_cannot_be_are_refused(small_detector, picture, tmp_path, photograph):
+    for overlap in (39, 93, -1):
+        with pytest.raises(SettingsError, match=rf"tile overlap = {overlap}: takes 40 to 92 pixels"):
+            check_overlap(detector(), overlap)
+    check_overlap(detector(), 40)
+    with pytest.raises(ImageError, match="less than a tile of 96×96"):
+        inspect_tiles(detector(), photograph[:, :95], 40)
+
+    class Fixed:
+        image_size, input_size = (96, 96), (480, 640)
+
+    with pytest.raises(SettingsError, match="takes images of 480×640 only, no tiles of 96×96"):
+        check_overlap(Fixed(), 40)
+
+
+def test_detection_in_tiles_writes_maps_of_the_whole(small_detector, picture, tmp_path):
+    model = copy.deepcopy(small_detector)
+    path = picture(tmp_path / "images" / "large.png", size=(150, 170))
+    picture(tmp_path / "images" / "small.png", size=(150, 60))
+    table = detect(model, tmp_path / "images", tmp_path / "out", save_maps=True, tile_overlap=44).set_index("file")
+    expected = inspect_tiles(model, read_image(path), 44)
+    stored = np.load(tmp_path / "out" / "maps" / "large.png.npy", allow_pickle=False)
+    np.testing.assert_array_equal(stored, expected.combined[0])
+    assert table.loc["large.png", "score"] == float(expected.score[0])
+    assert "small.png: 150×60 pixels are less than a tile" in table.loc["small.png", "error"]
