@@ -250,6 +250,11 @@ def processes_of(folder):
     return found - {os.getpid()}
 
 
+def counted(folder):
+    """How many numbers the runs of a sweep have saved so far."""
+    return sum(len(json.loads(path.read_text())) for path in folder.rglob("checkpoint.json"))
+
+
 def owner_of(folder):
     """The process that holds a sweep, or held it last."""
     owner = Lock(folder / "sweep.lock").owner
@@ -267,7 +272,10 @@ def test_killed_at_any_moment_a_sweep_ends_as_if_undisturbed(counting, tmp_path)
         process = subprocess.Popen(command, cwd=PROJECT, start_new_session=True, stdout=subprocess.DEVNULL)
         # From the moment at which it has the lock: planning only reads, and takes a while that depends on the machine.
         wait_for(lambda process=process: process.poll() is not None or owner_of(folder) == process.pid)
-        moments.append(rng.uniform(0.0, 6.0))
+        if number % 3 == 0:  # so that some moments lie within runs, however long a kernel takes to start
+            before = counted(folder)
+            wait_for(lambda process=process, before=before: process.poll() is not None or counted(folder) > before)
+        moments.append(rng.uniform(0.0, 6.0 if number % 3 else 1.0))
         time.sleep(moments[-1])
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -275,7 +283,7 @@ def test_killed_at_any_moment_a_sweep_ends_as_if_undisturbed(counting, tmp_path)
             for pid in processes_of(folder):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
-        for path in folder.rglob("*.json"):
+        for path in folder.rglob("[!.]*.json"):
             json.loads(path.read_text())
     table = run_sweep(**arguments)
     undisturbed = run_sweep(
