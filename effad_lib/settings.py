@@ -141,6 +141,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """Return what a device is called, such as "x86_64 CPU, 2 threads" or the name of a graphics card."""
+    import torch
+
     if device.type == "cpu":
         return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
