@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -127,6 +128,18 @@ class OnnxDetector(Exported):
         return self._session.run(list(OUTPUTS), {"images": images})
 
 
+@cache
+def openvino_core() -> Any:
+    """Return OpenVINO's entrance, one for the whole process.
+
+    Each brings a stack of its own for signals along and takes it away when it dies; of two that die in the wrong order
+    a dead one stays, and the next Ctrl-C ends the process with a segmentation fault (OpenVINO 2026.4, AVX-512).
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVinoDetector(Exported):
     """An exported detector in OpenVINO.
 
@@ -139,7 +152,7 @@ class OpenVinoDetector(Exported):
             import openvino
         except ImportError as error:
             raise SettingsError(f"{path}: needs openvino: {EXTRA.format('pip install openvino')}") from error
-        core = openvino.Core()
+        core = openvino_core()
         there = {name.lower(): name for name in core.available_devices}
         name = there[_device(device, list(there), "gpu")]
         model = core.read_model(path)

@@ -7,6 +7,7 @@ import os
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from effad_lib.images import Size, check_size, read_image
 from effad_lib.metrics import image_auroc
 from effad_lib.networks import check_network
 from effad_lib.reading import fitted
-from effad_lib.settings import Settings, pick_device
+from effad_lib.settings import Settings, cores, pick_device
 
 PRECISIONS = ("float32", "float16", "int8")
 
@@ -73,7 +74,7 @@ class LatencySettings(Settings):
     @property
     def cores(self) -> int:
         """The number of threads, spelt out."""
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or cores()
 
 
 def contenders(
@@ -90,7 +91,14 @@ def contenders(
     torches = {"float32": detector} | ({"float16": in_half(detector)} if on_gpu else {})
     found: dict[Key, Call] = {("torch", name): _in_torch(model) for name, model in torches.items()}
     for name, model in torches.items() if compiled and (on_gpu or shutil.which(os.environ.get("CXX", "g++"))) else ():
-        found["torch.compile", name] = _in_torch(torch.compile(copy.deepcopy(model)))
+        call = _in_torch(torch.compile(copy.deepcopy(model)))
+        try:
+            call(torch.from_numpy(images[:1]).to(detector.device) / 255)
+        except RuntimeError as error:  # it needs Python's headers too, and on CUDA a compiler of its own
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"torch.compile does not work here and is left out: {reason}", stacklevel=2)
+        else:
+            found["torch.compile", name] = call
     graphs = {half: to_onnx(detector, half=half, input_size=detector.image_size) for half in (False, True)}
     for to, engine in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO")):
         for precision in PRECISIONS:
@@ -162,6 +170,16 @@ def _timed(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
+
+
+def some_of(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Return about so many samples, evenly spread over either kind: good and defective, both if there are any."""
+    chosen = []
+    for label in (0, 1):
+        kind = [sample for sample in samples if sample.label == label]
+        share = min(len(kind), max(1, round(count * len(kind) / max(1, len(samples)))))
+        chosen += [kind[k] for k in np.linspace(0, len(kind) - 1, share).astype(int)]
+    return chosen
 
 
 def accuracy(inspectors: Mapping[Key, Inspector], samples: Sequence[Sample], *, seconds: float = 0.5) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import platform
 import types
 import typing
@@ -137,6 +138,11 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device(name)
     here = ", ".join(device for device, is_there in there.items() if is_there)
     raise SettingsError(f"device = {name!r}: not available here. Use 'auto' or one of: {here}.")
+
+
+def cores() -> int:
+    """Return how many cores of the CPU this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name(device: torch.device) -> str:

@@ -232,14 +232,14 @@ def test_verify_names_each_fault(tmp_path):
     base = mvtec(tmp_path / "part")
     (base / "train/good/000.png").write_bytes(b"no picture")
     (base / "test/good/000.png").write_bytes((base / "test/good/001.png").read_bytes()[:-30])
-    Image.new("I;16", (6, 8)).save(base / "train/good/001.png")
+    Image.new("I;16", (6, 8)).save(base / "train/good/001.png")  # sound, if the training is told its levels
     Image.new("CMYK", (6, 8)).save(base / "train/good/cmyk.jpg")
     save(base / "ground_truth/dent/000_mask.png", size=(6, 8), fill=255)
     split = load_dataset("folder", root=base)
-    with pytest.raises(DatasetError, match=r"5 of 28 samples") as error:
+    with pytest.raises(DatasetError, match=r"4 of 28 samples") as error:
         verify(split)
     lines = str(error.value)
-    for part in ("train/good/000.png", "test/good/000.png", "001.png", "cmyk.jpg", "dent/000_mask.png"):
+    for part in ("train/good/000.png", "test/good/000.png", "cmyk.jpg", "dent/000_mask.png"):
         assert part in lines.replace("\\", "/")
 
 

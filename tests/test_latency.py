@@ -1,16 +1,31 @@
 """Latency: what is counted and in which order, every engine the same maps, the literal implementation beside them."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import literal
 import numpy as np
 import pytest
 import torch
 
 from effad_lib import latency
+from effad_lib.datasets import Sample
 from effad_lib.detector import EfficientAD
 from effad_lib.evaluation import data_to_test
-from effad_lib.latency import LatencySettings, chance_detector, contenders, flop, grid, measure, of_literal, peak
+from effad_lib.latency import (
+    LatencySettings,
+    chance_detector,
+    contenders,
+    flop,
+    grid,
+    measure,
+    of_literal,
+    peak,
+    some_of,
+)
 from effad_lib.metrics import image_auroc
-from effad_lib.runs import Run
+from effad_lib.runs import PROJECT, Run
 from effad_lib.settings import SettingsError
 
 CPU = torch.device("cpu")
@@ -93,6 +108,15 @@ def test_accuracy_is_that_of_the_test_images(evaluated_run):
     assert table["median_ms"].item() > 0 and image_auroc(np.array([0.0, 1.0]), np.array([0, 1])) == 1
 
 
+@pytest.mark.parametrize("count, expected", [(2, [1, 2]), (6, [1, 5]), (10, [2, 8]), (70, [4, 22])])
+def test_some_of_a_test_split_have_both_kinds(count, expected):
+    samples = [Sample(Path(f"{k}.png"), None, int(k not in (11, 12, 13, 14)), "") for k in range(26)]
+    chosen = some_of(samples, count)
+    assert [sum(sample.label == label for sample in chosen) for label in (0, 1)] == expected
+    assert len(set(chosen)) == len(chosen) and set(chosen) <= set(samples)
+    assert some_of(samples[:11], 3) == [samples[0], samples[5], samples[10]] and some_of([], 3) == []
+
+
 def test_a_product_of_matrices_has_a_peak():
     assert 1e8 < peak(side=256, repeats=2) < 1e15
 
@@ -104,3 +128,21 @@ def test_a_product_of_matrices_has_a_peak():
 def test_impossible_settings_are_named(values):
     with pytest.raises((SettingsError, ValueError), match=next(iter(values)).rstrip("s").replace("_", ".")):
         LatencySettings.from_mapping(values)
+
+
+def test_a_machine_interrupted_after_openvino_is_left_alone(tmp_path):
+    """Two entrances to OpenVINO that die in the wrong order would end the process at the next signal."""
+    script = f"""
+import signal, numpy as np, torch
+from effad_lib.latency import chance_detector, contenders
+images = np.zeros((2, 3, 64, 64), np.uint8)
+detector = chance_detector("XS", (64, 64), torch.device("cpu"), 8)
+found = contenders(detector, images, {str(tmp_path)!r}, threads=1, compiled=False)
+del found
+signal.signal(signal.SIGINT, lambda *_: print("interrupted"))
+signal.raise_signal(signal.SIGINT)
+"""
+    answer = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", script], capture_output=True, text=True, cwd=PROJECT
+    )
+    assert answer.returncode == 0 and answer.stdout.splitlines()[-1] == "interrupted", answer.stderr[-2000:]

@@ -20,10 +20,10 @@ from effad_lib import sweeps
 from effad_lib.execution import Lock
 from effad_lib.execution.process import tasks_of
 from effad_lib.runs import PROJECT, Run, RunError
-from effad_lib.settings import SettingsError
+from effad_lib.settings import SettingsError, cores
 from effad_lib.sweeps import LockError, SweepSettings, load_sweep, run_sweep, state_of
 from effad_lib.sweeps.cluster import perform
-from effad_lib.sweeps.local import cores, slots
+from effad_lib.sweeps.local import slots
 
 PARAMETERS = 'run_folder = "runs/one"\ncount = 3\nseconds = 0.0\nfails = False\nseed = 0'
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from effad_lib.engines import openvino_core
+
 if TYPE_CHECKING:
     import onnx
 
@@ -39,6 +41,8 @@ def quantise(model: Any, images: np.ndarray, to: str, batch: int) -> Any:
     filled = images[np.arange(count) % len(images)]
     batches = [filled[start : start + step] for start in range(0, count, step)]
     take = (lambda batch: {"images": batch}) if to == "onnx" else (lambda batch: batch)
+    if to == "openvino":
+        openvino_core()  # before those of NNCF, which live within its life
     with _without_bars():
         return nncf.quantize(
             model,

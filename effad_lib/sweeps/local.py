@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from effad_lib.execution import process
+from effad_lib.settings import cores
 from effad_lib.sweeps.plan import SweepRun
 
 APART = 1.0
@@ -19,11 +20,6 @@ MEMORY = 4 * 2**30
 """Bytes that a run on a CPU may take: a kernel, the images, and two gigabytes of the teacher's features."""
 
 Ended = list[tuple[SweepRun, str]]
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def slots(workers: int = 0, threads: int = 0) -> list[dict[str, str]]:
