@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -52,7 +53,7 @@ class Inspector(Protocol):
         """Return maps and scores of images uint8 [N, 3, H, W]."""
 
 
-class Exported:
+class Exported(ABC):
     """A detector out of one exported file; see `load_exported`. `threads` of the CPU, 0 leaves it to the runtime."""
 
     def __init__(self, path: Path, device: str, threads: int) -> None:
@@ -75,13 +76,13 @@ class Exported:
                 f"runtime is older than the one there."
             ) from error
 
+    @abstractmethod
     def _open(self, path: Path, device: str, threads: int) -> str:
         """Load the file and return its card as text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _run(self, images: np.ndarray) -> Sequence[np.ndarray]:
         """Return the four outputs for images float32 [N, 3, H, W] in [0, 1]; the file takes their number and size."""
-        raise NotImplementedError
 
     def inspect(self, images: np.ndarray) -> Inspection:
         """Return maps and scores of images [N, 3, H, W], uint8 or float32 in [0, 1].

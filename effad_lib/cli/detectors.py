@@ -59,8 +59,8 @@ def evaluate(options: argparse.Namespace) -> int:
     folders = [Path(run).expanduser().resolve() for run in options.runs]
     splits = [evaluation.data_to_test(folder) for folder in folders]  # all, before the first is evaluated
     targets = _tiff_folders(options.save_tiffs, folders, splits)
-    for folder, target in zip(folders, targets, strict=True):
-        detector, _, found = evaluation.evaluate_run(folder, options.device)
+    for folder, split, target in zip(folders, splits, targets, strict=True):
+        detector, _, found = evaluation.evaluate_run(folder, options.device, split)
         if target:
             found.save_tiffs(target)
         result = evaluation.finish_run(folder, detector, found)

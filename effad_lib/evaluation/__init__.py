@@ -76,13 +76,16 @@ def data_to_test(run_folder: str | Path) -> Split:
     return split
 
 
-def evaluate_run(run_folder: str | Path, device: str = "auto") -> tuple[EfficientAD, Split, Evaluation]:
+def evaluate_run(
+    run_folder: str | Path, device: str = "auto", split: Split | None = None
+) -> tuple[EfficientAD, Split, Evaluation]:
     """Evaluate the model of a finished training on the test images of its own data set.
 
-    Nothing is written, see `finish_run`. Raises `RunError` as `data_to_test`, and `DatasetError` for masks that a
-    training would refuse, before the first image is scored.
+    `split` is what `data_to_test` has found already; None finds it. Nothing is written, see `finish_run`. Raises
+    `RunError` as `data_to_test`, and `DatasetError` for masks that a training would refuse, before the first image is
+    scored.
     """
-    split = data_to_test(run_folder)
+    split = split or data_to_test(run_folder)
     verify_masks(split)
     detector = EfficientAD.load(Run(run_folder).model, pick_device(device))
     return detector, split, evaluate(detector, split.test, saturation=split.saturation)
