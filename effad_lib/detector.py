@@ -65,14 +65,17 @@ class EfficientAD(nn.Module):
 
     def teacher_features(self, normalised: Tensor) -> Tensor:
         """Return the teacher's output, standardised per channel: T̂ = (T − μ)/σ, [N, C, h, w]."""
-        return (self.teacher(normalised) - self.teacher_mean) / self.teacher_std
+        return self.teacher(normalised).sub_(self.teacher_mean).div_(self.teacher_std)
 
     def raw_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the student–teacher and student–autoencoder maps [N, 1, h, w] on the PDN's grid, not normalised."""
         normalised = self.normalise(images)
         by_teacher, by_autoencoder = self.student(normalised).split(self.channels, dim=1)
-        student_teacher = (self.teacher_features(normalised) - by_teacher).square().mean(dim=1, keepdim=True)
-        student_autoencoder = (self.autoencoder(normalised) - by_autoencoder).square().mean(dim=1, keepdim=True)
+        differences = (
+            F.mse_loss(self.teacher_features(normalised), by_teacher, reduction="none"),
+            F.mse_loss(self.autoencoder(normalised), by_autoencoder, reduction="none"),
+        )
+        student_teacher, student_autoencoder = (squares.mean(dim=1, keepdim=True) for squares in differences)
         return student_teacher, student_autoencoder
 
     def forward(self, images: Tensor) -> AnomalyMaps:

@@ -22,6 +22,7 @@ from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation, prefetched
 from effad_lib.distillation.teachers import save_teacher
 from effad_lib.images import NaturalImages
+from effad_lib.memory import kept_memory
 from effad_lib.networks import PDN
 from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, resolve
@@ -137,6 +138,7 @@ class Distiller:
         saved, first = time.monotonic(), self.processes.rank == 0
         asked, waited = time.monotonic(), 0.0  # for images
         with (
+            kept_memory(),
             finish_step_on_interrupt() as interrupted,
             _board(self.run, self.step, first) as write,
             progress(

@@ -13,6 +13,7 @@ from effad_lib.datasets import Sample, Saturation
 from effad_lib.detector import AnomalyMaps, EfficientAD
 from effad_lib.evaluation.result import MAP_NAMES, Evaluation, EvaluationError
 from effad_lib.images import ImageError, Levels, Size, read_image, read_mask, to_float
+from effad_lib.memory import kept_memory
 from effad_lib.progress import progress
 
 
@@ -41,7 +42,7 @@ def evaluate(
     was_training = detector.training
     detector.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), kept_memory():
             for start in progress(range(0, len(kept), batch_size), desc="evaluating", unit="batch", leave=False):
                 batch = slice(start, start + batch_size)
                 found = detector(to_float(images[batch].to(device)))

@@ -42,10 +42,10 @@ def training_losses(
             teacher_features, teacher_changed = both.split([len(images), len(augmented)])
         else:
             teacher_changed = detector.teacher_features(changed)
-    student_images, student_natural, student_changed = detector.student.halves(
-        torch.cat([normalised, detector.normalise(natural), changed]),
-        [(len(images), False), (len(natural), False), (len(augmented), True)],
+    by_teacher, student_changed = detector.student.halves(
+        torch.cat([normalised, detector.normalise(natural), changed]), len(images) + len(natural)
     )
+    student_images, student_natural = by_teacher.split([len(images), len(natural)])
     rebuilt = detector.autoencoder(changed)
     return Losses(
         losses.hard_feature_loss(teacher_features, student_images, hard_quantile),

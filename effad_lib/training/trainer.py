@@ -16,6 +16,7 @@ from effad_lib import losses
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import channel_statistics
 from effad_lib.images import NaturalImages, augment_colour, to_float
+from effad_lib.memory import kept_memory
 from effad_lib.networks import initialise
 from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
@@ -97,6 +98,7 @@ class Trainer:
 
         settings, began = self.settings, time.monotonic() - self.seconds
         with (
+            kept_memory(),
             finish_step_on_interrupt() as interrupted,
             SummaryWriter(self.run.folder / "tensorboard", purge_step=self.step + 1) as board,
             progress(initial=self.step, total=settings.steps, desc=f"training {settings.size}", unit="step") as bar,

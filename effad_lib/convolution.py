@@ -1,0 +1,185 @@
+"""Convolution by Winograd's minimal filtering: the same sums with a quarter of the multiplications, for CPUs.
+
+A PDN spends nearly all its time in convolutions of 3×3 and 4×4, and those of oneDNN already run at the peak of a CPU:
+only fewer multiplications are faster. Of an input tile X of 6×6 pixels, m×m outputs of an r×r kernel W (m = 7 − r) take
+36 multiplications for each pair of channels instead of m²r² (Winograd 1980; for 3×3 Lavin and Gray, arXiv 1509.09308):
+
+    Y = Aᵀ [ (G W Gᵀ) ⊙ (Bᵀ X B) ] A
+
+The sums over channels are 36 matrix products. Tiles are taken in bands that stay in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TILE = 6
+"""Pixels of an input tile in a row and in a column."""
+
+POINTS = (0.0, 1.0, -1.0, 0.5, -0.5)
+"""Where the polynomials of tile and kernel are evaluated, beside infinity: small numbers keep the rounding small."""
+
+BAND = 192
+"""About so many tiles at a time."""
+
+LEAST_PAIRS = 128 * 128
+"""With fewer pairs of channels in and out, moving the tiles costs more than the multiplications that are saved."""
+
+LEAST_SIDE = 8
+"""Lower or narrower images have too few tiles."""
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d`, quicker where `pays` says so; square kernels, weights and their names as there."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.stride == (1, 1):
+            return convolve(input, weight, bias, self.padding[0])
+        return super()._conv_forward(input, weight, bias)
+
+
+def convolve(images: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
+    """Return `F.conv2d` with stride 1, by Winograd's method where it `pays`.
+
+    `images` [N, C, H, W], `weight` [K, C, r, r], `bias` [K] → [N, K, H + 2 padding − r + 1, W + 2 padding − r + 1].
+    """
+    if not pays(images, weight):
+        return F.conv2d(images, weight, bias, padding=padding)
+    return _Winograd.apply(F.pad(images, (padding,) * 4) if padding else images, weight, bias)
+
+
+def pays(images: Tensor, weight: Tensor) -> bool:
+    """Whether Winograd's method is the quicker one and may be used: float32 on a CPU, enough channels and pixels.
+
+    Compilers and exporters get the convolution itself, which they know better, and autocast its lower precision.
+    """
+    return (
+        images.device.type == "cpu"
+        and images.dtype == weight.dtype == torch.float32
+        and weight.shape[-2:] in ((3, 3), (4, 4))
+        and weight.shape[0] * weight.shape[1] >= LEAST_PAIRS
+        and min(images.shape[-2:]) >= LEAST_SIDE
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+@cache
+def transforms(r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Aᵀ [m², 36], G [36, r²] and Bᵀ [36, 36] for kernels of r×r, rows and columns in one matrix each.
+
+    Two polynomials with m and r coefficients are multiplied by evaluating both at as many points as the product has
+    coefficients, and interpolating; a correlation is the transpose of that (Toom and Cook).
+    """
+
+    def evaluated(coefficients: int) -> np.ndarray:
+        at_infinity = np.eye(coefficients)[-1:]  # only the last coefficient counts there
+        return np.vstack([np.vander(POINTS, coefficients, increasing=True), at_infinity])
+
+    def both(matrix: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.kron(matrix, matrix)).float()
+
+    return both(evaluated(TILE + 1 - r).T), both(evaluated(r)), both(np.linalg.inv(evaluated(TILE)).T)
+
+
+class _Winograd(torch.autograd.Function):
+    """images [N, C, H, W], weight [K, C, r, r], bias [K] → [N, K, h, w] with h = H − r + 1; no padding, stride 1."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        images = images.permute(0, 2, 3, 1)
+        (count, height, width, _), (out_channels, _, r, _) = images.shape, weight.shape
+        to_output, _, _ = transforms(r)
+        m, kernels = TILE + 1 - r, _transformed(weight).mT
+        padded, rows, columns = _in_whole_tiles(images, r)
+        shape = (count, out_channels, rows * m, columns * m)
+        output = torch.empty(shape, memory_format=torch.channels_last)
+        blocks = output.permute(0, 2, 3, 1).view(count, rows, m, columns, m, out_channels)
+        for where in _bands(count, rows, columns):
+            part = blocks[where]
+            sums = to_output @ torch.bmm(_tiles(padded, where, r), kernels).view(TILE**2, -1)
+            sums = sums.view(m, m, *part.shape[:2], columns, out_channels)
+            torch.add(sums.permute(2, 3, 0, 4, 1, 5), bias, out=part)
+        ctx.save_for_backward(images, weight)
+        # Not a view, so that what follows may change it in place.
+        output_size = height - r + 1, width - r + 1
+        if output.shape[2:] == output_size:
+            return output
+        return output[..., : output_size[0], : output_size[1]].contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        images, weight = ctx.saved_tensors
+        for_images, for_weight, for_bias = ctx.needs_input_grad
+        gradient = gradient.permute(0, 2, 3, 1)
+        (count, height, width, channels), (out_channels, _, r, _) = images.shape, weight.shape
+        to_output, of_kernel, of_tile = transforms(r)
+        m, kernels = TILE + 1 - r, _transformed(weight)
+        padded, rows, columns = _in_whole_tiles(images, r)
+        missing = (0, 0, 0, columns * m - gradient.shape[2], 0, rows * m - gradient.shape[1])
+        blocks = F.pad(gradient, missing).contiguous().view(count, rows, m, columns, m, out_channels)
+        kernels_gradient = torch.zeros_like(kernels)
+        # Neighbouring tiles overlap: each is added to its own block of m×m pixels and to those behind it.
+        sums = images.new_zeros((count, rows + 1, m, columns + 1, m, channels) if for_images else 0)
+        for where in _bands(count, rows, columns):
+            part = blocks[where]
+            products = to_output.T @ part.permute(2, 4, 0, 1, 3, 5).reshape(m * m, -1)
+            products = products.view(TILE**2, -1, out_channels)
+            if for_weight:
+                kernels_gradient.baddbmm_(products.mT, _tiles(padded, where, r))
+            if for_images:
+                tiles = of_tile.T @ torch.bmm(products, kernels).view(TILE**2, -1)
+                tiles = tiles.view(TILE, TILE, *part.shape[:2], columns, channels).permute(2, 3, 0, 4, 1, 5)
+                which, band = where
+                for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                    own = tiles[:, :, m * down : m * (down + 1), :, m * right : m * (right + 1)]
+                    below = slice(band.start + down, band.stop + down)
+                    sums[which, below, : own.shape[2], right : columns + right, : own.shape[4]] += own
+        if for_images:
+            sums = sums.view(count, (rows + 1) * m, (columns + 1) * m, channels)
+            sums = sums[:, :height, :width].permute(0, 3, 1, 2)
+        by_weight = kernels_gradient.view(TILE**2, -1).T @ of_kernel
+        return (
+            sums if for_images else None,
+            by_weight.view_as(weight) if for_weight else None,
+            gradient.sum((0, 1, 2)) if for_bias else None,
+        )
+
+
+def _transformed(weight: Tensor) -> Tensor:
+    """Return G W Gᵀ as [36, K, C]."""
+    out_channels, channels, r, _ = weight.shape
+    _, of_kernel, _ = transforms(r)
+    return (of_kernel @ weight.reshape(-1, r * r).T).view(-1, out_channels, channels)
+
+
+def _in_whole_tiles(images: Tensor, r: int) -> tuple[Tensor, int, int]:
+    """Return images [N, H, W, C] with zeros below and right of them, and the rows and columns of their tiles."""
+    m = TILE + 1 - r
+    rows, columns = (-(-(side - r + 1) // m) for side in images.shape[1:3])
+    missing = [tiles * m + r - 1 - side for tiles, side in zip((rows, columns), images.shape[1:3], strict=True)]
+    return F.pad(images, (0, 0, 0, missing[1], 0, missing[0])).contiguous(), rows, columns
+
+
+def _bands(count: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Yield images and rows of tiles: several small images at a time, or a part of one."""
+    images, high = max(1, BAND // (rows * columns)), min(rows, max(1, BAND // columns))
+    for first in range(0, count, images):
+        for top in range(0, rows, high):
+            yield slice(first, min(first + images, count)), slice(top, min(top + high, rows))
+
+
+def _tiles(padded: Tensor, where: tuple[slice, slice], r: int) -> Tensor:
+    """Return Bᵀ X B of all tiles of a band as [36, T, C]; `padded` [N, H, W, C] in whole tiles."""
+    m, (which, band) = TILE + 1 - r, where
+    part = padded[which, band.start * m : band.stop * m + r - 1]
+    tiles = part.unfold(1, TILE, m).unfold(2, TILE, m)  # [n, rows, columns, C, 6, 6]
+    _, _, of_tile = transforms(r)
+    return (of_tile @ tiles.permute(4, 5, 0, 1, 2, 3).reshape(TILE**2, -1)).view(TILE**2, -1, part.shape[-1])

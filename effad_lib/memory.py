@@ -1,0 +1,54 @@
+"""The process's memory: keep what a training loop frees and takes again in each step; how much was taken at most."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Numbers of glibc's `mallopt` options."""
+
+DEFAULT = 128 * 1024
+"""Bytes of either threshold as glibc starts with them."""
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Let the C library keep large blocks that are freed, inside the `with`, and give them back at its end.
+
+    glibc returns a freed block of megabytes to the system at once, and the next one of its size is cleared page by page
+    as it is first written, which takes about a tenth of a training step on a CPU. Elsewhere than in glibc nothing
+    happens.
+    """
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(MMAP_THRESHOLD, 2**30)
+    libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(MMAP_THRESHOLD, DEFAULT)
+        libc.mallopt(TRIM_THRESHOLD, DEFAULT)
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """Return the C library if it is glibc."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that the process has held so far; 0 on systems that do not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most

@@ -1,0 +1,114 @@
+"""Winograd's convolution against torch's own in float64, values and gradients."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from effad_lib import convolution
+from effad_lib.convolution import Conv2d, convolve, pays
+from effad_lib.networks import PDN
+
+PLENTY = 128
+"""Channels for which it pays."""
+
+
+def setup(r, height, width, *, count=1, channels=PLENTY, out_channels=PLENTY, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, channels, height, width, generator=generator)
+    weight = torch.randn(out_channels, channels, r, r, generator=generator) / (channels * r * r) ** 0.5
+    return images, weight, torch.randn(out_channels, generator=generator)
+
+
+def assert_near(got, want):
+    """Within float32's rounding of sums over two thousand products, against the mean of what is compared."""
+    assert got.shape == want.shape and got.dtype == torch.float32
+    assert (got - want).abs().max() <= 2e-4 * want.abs().mean()
+
+
+CASES = [
+    # kernel, height, width, images, padding
+    (3, 8, 8, 1, 0),
+    (3, 9, 31, 1, 1),
+    (3, 61, 61, 2, 0),
+    (4, 8, 8, 1, 0),
+    (4, 9, 8, 3, 3),
+    (4, 40, 126, 1, 0),  # a part of the image at a time
+    (4, 11, 11, 20, 0),  # several images at a time, the last band with fewer
+    (4, 13, 200, 2, 2),
+    (4, 8, 700, 1, 0),  # one row of tiles is more than a band
+]
+
+
+@pytest.mark.parametrize("r, height, width, count, padding", CASES)
+def test_values_and_gradients(r, height, width, count, padding):
+    given = [tensor.requires_grad_() for tensor in setup(r, height, width, count=count, out_channels=160)]
+    assert pays(*given[:2])
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    got, want = convolve(*given, padding), F.conv2d(*exact, padding=padding)
+    assert_near(got, want)
+    towards = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, given, towards.float()), torch.autograd.grad(want, exact, towards), strict=True
+    ):
+        assert_near(ours, theirs)
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_gradients_of_some(wanted):
+    given = [tensor.requires_grad_(want) for tensor, want in zip(setup(4, 12, 12), wanted, strict=True)]
+    convolve(*given).square().sum().backward()
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    F.conv2d(*exact).square().sum().backward()
+    for ours, theirs, want in zip(given, exact, wanted, strict=True):
+        assert (ours.grad is not None) is want
+        if want:
+            assert_near(ours.grad, theirs.grad)
+
+
+def test_any_order_in_memory_and_a_rectified_result_in_place():
+    images, weight, bias = setup(3, 14, 17)
+    weight.requires_grad_()
+    for given in (images, images.contiguous(memory_format=torch.channels_last), images.expand(2, -1, -1, -1)):
+        result = torch.relu_(convolve(given, weight, bias))
+        exact = weight.detach().double().requires_grad_()
+        wanted = F.relu(F.conv2d(given.double(), exact, bias.double()))
+        assert_near(result, wanted)
+        assert_near(torch.autograd.grad(result.sum(), weight)[0], torch.autograd.grad(wanted.sum(), exact)[0])
+
+
+def test_same_bits_again():
+    given = setup(4, 30, 30, count=2)
+    assert torch.equal(convolve(*given), convolve(*given))
+
+
+def test_where_it_does_not_pay_the_result_is_torchs_own():
+    few, low, wide = setup(3, 16, 16, channels=8), setup(3, 7, 40), setup(5, 16, 16)
+    exact = [tensor.double() for tensor in setup(3, 16, 16)]
+    for given in (few, low, wide, exact):
+        assert not pays(*given[:2])
+        assert torch.equal(convolve(*given), F.conv2d(*given))
+    images, weight, bias = setup(3, 16, 16)
+    strided = Conv2d(PLENTY, PLENTY, 3, stride=2)
+    assert torch.equal(strided(images), F.conv2d(images, strided.weight, strided.bias, stride=2))
+    assert convolve(images.to("meta"), weight.to("meta"), bias.to("meta")).shape == (1, PLENTY, 14, 14)
+
+
+def test_autocast_keeps_its_precision():
+    layer, images = Conv2d(PLENTY, PLENTY, 3), setup(3, 16, 16)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not pays(images, layer.weight)
+        assert layer(images).dtype == torch.bfloat16
+
+
+def test_exporters_see_a_convolution():
+    program = torch.export.export(Conv2d(PLENTY, PLENTY, 3), (setup(3, 16, 16)[0],))
+    calls = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert calls == {"aten.conv2d.default"}
+
+
+def test_the_networks_use_it(monkeypatch):
+    seen = []
+    original = convolution._Winograd.apply
+    monkeypatch.setattr(convolution._Winograd, "apply", lambda *given: seen.append(given[1].shape) or original(*given))
+    PDN("S")(torch.rand(1, 3, 64, 64))
+    assert seen == [(256, 128, 4, 4), (256, 256, 3, 3), (384, 256, 4, 4)]

@@ -1,0 +1,46 @@
+"""Memory that is kept inside the `with` and given back after it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from effad_lib.memory import kept_memory, peak_memory
+
+HELD = """
+import numpy as np
+from effad_lib.memory import kept_memory
+
+def held():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+def work():
+    return [np.ones(4_000_000) for _ in range(8)]  # 256 MB in blocks of 32
+
+before = held()
+with kept_memory():
+    work()
+    inside = held() - before
+after = held() - before
+work()
+print(inside > 200e6, after < 50e6, held() - before < 50e6)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_freed_blocks_stay_inside_only():
+    answer = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["True", "True", "True"]
+
+
+def test_an_error_inside_is_passed_on():
+    with pytest.raises(KeyError), kept_memory():
+        raise KeyError("inside")
+
+
+def test_peak_is_in_bytes():
+    before = peak_memory()
+    block = bytearray(before // 2 + 10_000_000)  # more than what is free of what was ever held
+    block[::4096] = b"1" * len(block[::4096])
+    assert peak_memory() >= before > 10_000_000
