@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from scipy.stats import binom
 from torch import Tensor
 
 from effad_lib.detector import EfficientAD
@@ -37,6 +36,8 @@ def rank(normals: int, false_alarm_rate: float, confidence: float) -> int:
         raise SettingsError(f"confidence = {confidence!r}: takes a probability between 0 and 1.")
     if false_alarm_rate == 0:
         return normals
+    from scipy.stats import binom  # half a second, for this wish alone
+
     below = int(binom.ppf(confidence, normals, 1 - false_alarm_rate))
     if below >= normals:
         needed = math.ceil(math.log(1 - confidence) / math.log1p(-false_alarm_rate))

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
-from scipy.integrate import trapezoid
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 Maps = Sequence[np.ndarray] | np.ndarray
 Curve = tuple[np.ndarray, np.ndarray]
@@ -28,6 +26,8 @@ def image_auroc(scores: np.ndarray, labels: np.ndarray) -> float | None:
     Returns a value in [0, 1]. Raises ValueError for NaN scores (naming the index) and for other labels.
     """
     scores, labels = _check_scores(scores, labels)
+    from sklearn.metrics import roc_auc_score  # scikit-learn takes a second: loaded where it is used
+
     return float(roc_auc_score(labels, scores)) if _has_both(labels) else None
 
 
@@ -37,6 +37,8 @@ def image_ap(scores: np.ndarray, labels: np.ndarray) -> float | None:
     Arguments and errors as in `image_auroc`. A random scorer reaches the share of defective images.
     """
     scores, labels = _check_scores(scores, labels)
+    from sklearn.metrics import average_precision_score
+
     return min(1.0, float(average_precision_score(labels, scores))) if _has_both(labels) else None
 
 
@@ -49,6 +51,8 @@ def image_f1_max(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float] 
     scores, labels = _check_scores(scores, labels)
     if not _has_both(labels):
         return None, None
+    from sklearn.metrics import precision_recall_curve
+
     precision, recall, thresholds = precision_recall_curve(labels, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
     best = np.flatnonzero(f1[:-1] == f1[:-1].max())[-1]  # the last point of the curve has no threshold
@@ -209,6 +213,8 @@ def _has_both(labels: np.ndarray) -> bool:
 
 def _area(x: np.ndarray, y: np.ndarray, limit: float = 1.0) -> float:
     """The area under a curve up to a limit, divided by it."""
+    from scipy.integrate import trapezoid
+
     inside = np.searchsorted(x, limit, side="right")
     y = np.append(y[:inside], np.interp(limit, x[inside - 1 :], y[inside - 1 :]))
     return min(1.0, float(trapezoid(y, np.append(x[:inside], limit)) / limit))  # rounding errors

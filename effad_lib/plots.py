@@ -17,8 +17,6 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullLocator
-from sklearn.decomposition import PCA
-from sklearn.metrics import auc, roc_curve
 
 WIDTH = 9.0
 """Width of a figure in inches."""
@@ -203,6 +201,8 @@ def plot_roc(scores: np.ndarray, labels: np.ndarray) -> Figure:
     """
     if len(set(np.asarray(labels).tolist())) != 2:
         raise ValueError("a ROC curve needs good and defective images; one of the two is missing")
+    from sklearn.metrics import auc, roc_curve  # scikit-learn takes a second
+
     fpr, tpr, _ = roc_curve(labels, scores)
     axes = ("good images called defective (share)", "defective images found (share)")
     return _curve(fpr, tpr, f"AU-ROC {auc(fpr, tpr):.3f}", *axes)
@@ -265,6 +265,8 @@ def plot_feature_pca(features: Mapping[str, np.ndarray], image: np.ndarray, *, b
 def _pca_colours(reference: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Features [C, h, w] as RGB [h, w, 3] in [0, 1], by the principal directions and range of the reference."""
     vectors, others = (array.reshape(len(array), -1).T for array in (reference, values))
+    from sklearn.decomposition import PCA
+
     pca = PCA(3, svd_solver="full").fit(vectors)
     low, high = np.quantile(pca.transform(vectors), [0.01, 0.99], axis=0)
     colours = (pca.transform(others) - low) / np.maximum(high - low, 1e-12)
