@@ -42,8 +42,10 @@ __all__ = [
     "NaturalImages",
     "Size",
     "augment_colour",
+    "change_colour",
     "check_levels",
     "check_size",
+    "draw_colours",
     "find_images",
     "image_size",
     "load_images",
@@ -87,25 +89,31 @@ def augment_colour(images: Tensor, generator: torch.Generator) -> Tensor:
     """Change each image by exactly one of brightness, contrast and saturation, by a factor from U(0.8, 1.2).
 
     `images` float [N, 3, H, W] in [0, 1]; `generator` lives on the CPU. Returns the same shape and range. Algorithm 1.
-    Each of the three blends the image with another picture of it: black, its mean grey, its own grey.
     """
-    count = len(images)
-    which = torch.randint(3, (count,), generator=generator).tolist()
-    factors = torch.empty(count).uniform_(0.8, 1.2, generator=generator).tolist()
-    changed = torch.empty_like(images)
-    for image, out, kind, factor in zip(images, changed, which, factors, strict=True):
-        if kind == 0:
-            torch.mul(image, factor, out=out)
-        else:
-            grey = to_grey(image)
-            torch.lerp(grey.mean() if kind == 1 else grey, image, factor, out=out)
-    return changed.clamp_(0, 1)
+    return change_colour(images, *draw_colours(len(images), generator))
+
+
+def draw_colours(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw for `count` images which of the three changes is made, int64 [count], and its factor, float32 [count]."""
+    kinds = torch.randint(3, (count,), generator=generator)
+    return kinds, torch.empty(count).uniform_(0.8, 1.2, generator=generator)
+
+
+def change_colour(images: Tensor, kinds: Tensor, factors: Tensor) -> Tensor:
+    """Make the changes that `draw_colours` drew, on the images' device: brightness (0), contrast (1), saturation (2).
+
+    Each of the three blends an image [3, H, W] with another picture of it: black, its mean grey, its own grey.
+    """
+    grey = to_grey(images)
+    contrast, saturation = ((kinds == kind).view(-1, 1, 1, 1) for kind in (1, 2))
+    other = grey.mean(dim=(1, 2, 3), keepdim=True) * contrast + grey * saturation
+    return torch.lerp(other, images, factors.to(images.dtype).view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def to_grey(images: Tensor) -> Tensor:
     """Return the luma of images [..., 3, H, W] as [..., 1, H, W]."""
-    weights = torch.tensor(GREY_WEIGHTS, dtype=images.dtype, device=images.device)
-    return torch.tensordot(weights, images, dims=([0], [-3])).unsqueeze(-3)
+    red, green, blue = (weight * colour for weight, colour in zip(GREY_WEIGHTS, images.split(1, dim=-3), strict=True))
+    return red + green + blue
 
 
 def packaged_photographs() -> list[Path]:
@@ -179,20 +187,37 @@ class NaturalImages:
         grayscale: float = 0.3,
         zoom: float = 2.0,
         crop_scale: tuple[float, float] | None = None,
-        share: slice = slice(None),
     ) -> Tensor:
         """Draw `count` views as float32 [count, 3, H, W] in [0, 1].
 
         Without `crop_scale`: the photograph resized to `zoom` times `size`, then its centre; 2 as in Algorithm 1, 1 as
         in Algorithm 3. With it: a random region that covers this share of the photograph's area, mirrored half of the
         time, which makes more of a small collection.
-        `grayscale` is the probability of a grey view. All are drawn, but only those in `share` are made: several
-        processes with equal generators can divide a batch. Raises `ImageError` if no photograph can be read.
+        `grayscale` is the probability of a grey view. Raises `ImageError` if no photograph can be read.
         """
-        draws = [
+        drawn = self.draw(count, generator)
+        return self.views(drawn, size, grayscale=grayscale, zoom=zoom, crop_scale=crop_scale)
+
+    def draw(self, count: int, generator: torch.Generator) -> list[tuple[int, list[float]]]:
+        """Draw which photograph each of `count` views is of, and the numbers that say how it is seen.
+
+        Processes with equal generators may divide a batch: all draw all of it, and each makes a part of the `views`.
+        """
+        return [
             (int(torch.randint(len(self.paths), (), generator=generator)), torch.rand(6, generator=generator).tolist())
             for _ in range(count)
         ]
+
+    def views(
+        self,
+        drawn: Iterable[tuple[int, list[float]]],
+        size: Size,
+        *,
+        grayscale: float = 0.3,
+        zoom: float = 2.0,
+        crop_scale: tuple[float, float] | None = None,
+    ) -> Tensor:
+        """Make the views that `draw` drew, as `sample` does; nothing is drawn, so several threads may."""
 
         def view(draw: tuple[int, list[float]]) -> Tensor:
             index, numbers = draw
@@ -201,7 +226,7 @@ class NaturalImages:
             cut = to_float(cut)
             return to_grey(cut).expand_as(cut) if numbers[0] < grayscale else cut
 
-        return torch.stack(list((self._pool.map if self._pool else map)(view, draws[share])))
+        return torch.stack(list((self._pool.map if self._pool else map)(view, drawn)))
 
     def _readable(self, index: int) -> Tensor:
         """Return photograph `index` or, if it cannot be read, the next one that can: the draws stay the same."""

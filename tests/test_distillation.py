@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -278,14 +279,23 @@ def test_held_out_photographs_that_cannot_be_read_are_told_before_the_first_step
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 3, 20])
-def test_batches_are_read_ahead_in_order_and_not_too_far(ahead):
-    drawn = []
-    batches = prefetched(lambda: drawn.append(len(drawn)) or drawn[-1], 10, ahead)
+@pytest.mark.parametrize("ahead, workers", [(0, 1), (1, 1), (3, 1), (3, 4), (20, 4)])
+def test_batches_are_read_ahead_in_order_and_not_too_far(ahead, workers):
+    drawn, how = [], {"ahead": ahead, "workers": workers}
+
+    def draw():
+        drawn.append(len(drawn))
+        return drawn[-1]
+
+    def make(number):
+        time.sleep(0.002 * (number % 3))  # later ones may be ready first
+        return 10 * number
+
+    batches = prefetched(draw, make, 10, **how)
     assert next(batches) == 0 and len(drawn) <= max(1, ahead)
-    assert list(batches) == list(range(1, 10)) and len(drawn) == 10
-    assert list(prefetched(drawn.pop, 0, ahead)) == []
-    broken = prefetched(lambda: 1 / 0, 10, ahead)
+    assert list(batches) == list(range(10, 100, 10)) and len(drawn) == 10
+    assert list(prefetched(drawn.pop, make, 0, **how)) == []
+    broken = prefetched(draw, lambda number: 1 / 0, 10, **how)
     with pytest.raises(ZeroDivisionError):
         next(broken)
 
@@ -293,7 +303,9 @@ def test_batches_are_read_ahead_in_order_and_not_too_far(ahead):
 def test_reading_ahead_changes_nothing(settings, monkeypatch):
     """What an accelerator gets ahead of its use is what a CPU reads when it wants it, after a resume too."""
     plain = distil(settings("plain"))
-    monkeypatch.setattr(distillation.loop, "prefetched", lambda draw, count, ahead: prefetched(draw, count, 3))
+    monkeypatch.setattr(
+        distillation.loop, "prefetched", lambda draw, make, count, ahead: prefetched(draw, make, count, ahead=3)
+    )
     ahead = settings("ahead", checkpoint_seconds=0.0)
     saved = Run.save_checkpoint
 

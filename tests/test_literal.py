@@ -128,7 +128,7 @@ def photographs(tmp_path):
     return folder
 
 
-def test_two_training_steps(tmp_path, photographs, monkeypatch):
+def test_two_training_steps(tmp_path, photographs):
     """From uint8 images to updated weights: statistics, cached teacher, dropout, Adam."""
     shape, steps = (64, 64), 2
     settings = training.TrainingSettings(
@@ -145,14 +145,12 @@ def test_two_training_steps(tmp_path, photographs, monkeypatch):
     torch.testing.assert_close(detector.teacher_std.flatten(), paper.sigma, rtol=1e-5, atol=1e-7)
     paper.mu, paper.sigma = detector.teacher_mean.flatten().clone(), detector.teacher_std.flatten().clone()
 
-    inputs, library = [], training.training_losses
-    monkeypatch.setattr(
-        training.trainer, "training_losses", lambda *args, **more: (inputs.append(args[1:4]), library(*args, **more))[1]
-    )
+    inputs, library = [], trainer.losses
+    trainer.losses = lambda *args, **more: (inputs.append(args[1:4]), library(*args, **more))[1]
     torch.manual_seed(11)
     ours = []
-    for _ in range(steps):
-        ours.append(trainer.train_step())
+    for draw in trainer.draws():
+        ours.append(trainer.train_step(draw))
         trainer.step += 1
 
     torch.manual_seed(11)  # the autoencoder's dropout is all that draws from it, in the order of memory
@@ -167,6 +165,7 @@ def test_two_training_steps(tmp_path, photographs, monkeypatch):
         optimiser.step()
         for name, term in ours[step]._asdict().items():
             torch.testing.assert_close(term, expected[name].detach(), rtol=1e-4, atol=1e-7)
+    assert len(inputs) == steps
     trained = [*detector.student.parameters(), *detector.autoencoder.parameters()]
     torch.testing.assert_close(trained, parameters, rtol=1e-3, atol=1e-5)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -18,6 +20,7 @@ from effad_lib import losses, training
 from effad_lib.backbones import file_sha256
 from effad_lib.datasets import DatasetError, load_dataset
 from effad_lib.detector import EfficientAD
+from effad_lib.distillation import prefetched
 from effad_lib.images import ImageError
 from effad_lib.networks import PDN
 from effad_lib.runs import Run, RunError
@@ -106,10 +109,10 @@ def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(start, monkeypatch):
     whole, _ = start("whole")
     train_step = training.Trainer.train_step
 
-    def step_and_interrupt(self):
+    def step_and_interrupt(self, draw):
         if self.step == 7:
             os.kill(os.getpid(), signal.SIGINT)
-        return train_step(self)
+        return train_step(self, draw)
 
     monkeypatch.setattr(training.Trainer, "train_step", step_and_interrupt)
     with pytest.raises(KeyboardInterrupt, match="step 8"):
@@ -121,6 +124,40 @@ def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(start, monkeypatch):
     assert [row["step"] for row in run.load_checkpoint("last")["history"]] == [4, 8, 12]
 
 
+def test_reading_ahead_changes_nothing(start, monkeypatch):
+    """What a graphics card gets ahead of its use is what a CPU reads when it wants it, after a resume too."""
+    plain, _ = start("plain")
+
+    def ahead(draw, make, count, *, ahead, workers):
+        return prefetched(draw, make, count, ahead=3, workers=4)
+
+    monkeypatch.setattr(training.trainer, "prefetched", ahead)
+    saved = Run.save_checkpoint
+
+    def save_and_stop(self, name, state):
+        saved(self, name, state)
+        if name == "last" and state["step"] == 8:
+            raise InterruptedError
+
+    with monkeypatch.context() as stopping, pytest.raises(InterruptedError):
+        stopping.setattr(Run, "save_checkpoint", save_and_stop)
+        start("ahead")
+    resumed, _ = start("ahead")
+    assert weights_equal(plain, resumed)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_a_compiled_training_is_the_same_but_for_rounding(start, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda features, *_: features)  # compilers draw other numbers
+    plain, run = start("plain", steps=4)
+    compiled, other = start("compiled", steps=4, compiled="default")
+    one, two = (pd.read_csv(folder.folder / "history.csv").drop(columns="seconds") for folder in (run, other))
+    np.testing.assert_allclose(one, two, rtol=1e-3)
+    assert np.corrcoef(*(d.student.head.weight.detach().flatten() for d in (plain, compiled)))[0, 1] > 0.999
+    with pytest.raises(SettingsError, match="compiled = 'fast': compiled takes"):
+        start("wrong", compiled="fast")
+
+
 def test_seed_decides(start):
     one, _ = start("one")
     same, _ = start("same")
@@ -130,7 +167,7 @@ def test_seed_decides(start):
 
 def test_finished_training_is_loaded_not_repeated(start, monkeypatch):
     first, _ = start("run")
-    monkeypatch.setattr(training.Trainer, "train_step", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr(training.Trainer, "train_step", lambda self, draw: pytest.fail("trained again"))
     again, _ = start("run")
     assert weights_equal(first, again)
 
@@ -192,8 +229,8 @@ def test_weights_scale_the_terms(start, monkeypatch):
     """The natural images matter if, and only if, the penalty has a weight."""
 
     def last_weights(name, weight, brightness):
-        grey = lambda self, count, size, generator, **_: torch.full((count, 3, *size), brightness)  # noqa: E731
-        monkeypatch.setattr(training.NaturalImages, "sample", grey)
+        grey = lambda self, drawn, size, **_: torch.full((len(drawn), 3, *size), brightness)  # noqa: E731
+        monkeypatch.setattr(training.NaturalImages, "views", grey)
         return start(name, weight_penalty=weight)[0]
 
     assert weights_equal(last_weights("a", 0.0, 0.1), last_weights("b", 0.0, 0.9))
@@ -240,8 +277,8 @@ def test_a_student_that_has_died_is_said_to_have(start, monkeypatch):
     assert detector.card["dead_channels"] < 0.9
     kill = training.Trainer.train_step
 
-    def killed(self):
-        terms = kill(self)
+    def killed(self, draw):
+        terms = kill(self, draw)
         last = [layer for layer in self.detector.student.trunk if isinstance(layer, torch.nn.Conv2d)][-1]
         with torch.no_grad():
             last.bias.fill_(-1e6)
@@ -267,7 +304,7 @@ def test_another_teacher_neither_continues_nor_passes_as_the_first(start, teache
 
 
 def test_a_mask_that_does_not_fit_is_an_error_before_any_step(start, stripes, monkeypatch):
-    monkeypatch.setattr(training.Trainer, "train_step", lambda self: pytest.fail("trained"))
+    monkeypatch.setattr(training.Trainer, "train_step", lambda self, draw: pytest.fail("trained"))
     for folder, name, size in (("test/cut", "0.png", SIDE), ("ground_truth/cut", "0_mask.png", 2 * SIDE)):
         (stripes / folder).mkdir(parents=True)
         Image.fromarray(np.full((size, size), 255, np.uint8)).save(stripes / folder / name)
@@ -284,7 +321,7 @@ def test_photographs_in_packages_are_cropped_and_a_folder_is_shown_as_in_the_pap
 
 
 def test_corrupt_training_image_is_an_error_before_any_step(start, stripes, monkeypatch):
-    monkeypatch.setattr(training.Trainer, "train_step", lambda self: pytest.fail("trained"))
+    monkeypatch.setattr(training.Trainer, "train_step", lambda self, draw: pytest.fail("trained"))
     for path in (stripes / "train" / "good").glob("*.png"):
         path.write_bytes(b"not an image")
     with pytest.raises(ImageError, match=r"\.png"):
@@ -293,7 +330,7 @@ def test_corrupt_training_image_is_an_error_before_any_step(start, stripes, monk
 
 def test_a_rate_that_too_few_images_can_keep_is_refused_before_any_step(start, monkeypatch, tmp_path):
     train_step = training.Trainer.train_step
-    monkeypatch.setattr(training.Trainer, "train_step", lambda self: pytest.fail("trained"))
+    monkeypatch.setattr(training.Trainer, "train_step", lambda self, draw: pytest.fail("trained"))
     with pytest.raises(SettingsError, match=r"needs 29 held-out normal images, there are 3\."):
         start("run", false_alarm_rate=0.1)
     assert not (tmp_path / "run").exists(), "the folder takes a wish that can be kept"

@@ -178,11 +178,15 @@ class Distiller:
         On an accelerator the next batches are read while it works on this one.
         """
 
-        def draw() -> tuple[Tensor, Tensor]:
-            large = self.views.sample(self.settings.batch_size, self.generator, self.processes.share)
-            return large.pin_memory() if self.device.type == "cuda" else large, self.generator.get_state()
+        def draw() -> tuple[list, Tensor]:
+            drawn = self.views.natural.draw(self.settings.batch_size, self.generator)
+            return drawn[self.processes.share], self.generator.get_state()
 
-        return prefetched(draw, self.settings.steps - self.step, ahead=0 if self.device.type == "cpu" else 3)
+        def make(drawn: tuple[list, Tensor]) -> tuple[Tensor, Tensor]:
+            large = self.views.large(drawn[0])
+            return large.pin_memory() if self.device.type == "cuda" else large, drawn[1]
+
+        return prefetched(draw, make, self.settings.steps - self.step, ahead=0 if self.device.type == "cpu" else 3)
 
     def train_step(self, large: Tensor) -> Tensor:
         """Take one step on views [N, 3, 2H, 2W] and return the loss, detached."""

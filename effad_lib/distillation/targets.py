@@ -17,7 +17,7 @@ from effad_lib.images import NaturalImages
 from effad_lib.networks import PDN, Normalise, feature_size, initialise
 from effad_lib.settings import SettingsError
 
-Drawn = TypeVar("Drawn")
+Drawn, Made = TypeVar("Drawn"), TypeVar("Made")
 
 
 class Views:
@@ -26,22 +26,20 @@ class Views:
     def __init__(self, settings: DistillationSettings, natural: NaturalImages, backbone: Backbone) -> None:
         self.settings, self.natural, self.backbone = settings, natural, backbone
 
-    def sample(self, count: int, generator: torch.Generator, share: slice = slice(None)) -> Tensor:
-        """Return a `share` of `count` random views as the backbone sees them, [N, 3, 2H, 2W] in [0, 1]."""
+    def large(self, drawn: list[tuple[int, list[float]]]) -> Tensor:
+        """Return views that `NaturalImages.draw` drew as the backbone sees them, [N, 3, 2H, 2W] in [0, 1]."""
         height, width = self.settings.image_size
-        return self.natural.sample(
-            count,
+        return self.natural.views(
+            drawn,
             (2 * height, 2 * width),
-            generator,
             grayscale=self.settings.grayscale,
             zoom=1.0,
             crop_scale=tuple(self.settings.crop_scale) or None,
-            share=share,
         )
 
     def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the `pair` of `count` random views."""
-        return self.pair(self.sample(count, generator).to(device))
+        return self.pair(self.large(self.natural.draw(count, generator)).to(device))
 
     def pair(self, large: Tensor) -> tuple[Tensor, Tensor]:
         """Return normalised PDN images [N, 3, H, W] and raw backbone features on the PDN's own cells [N, C, h, w].
@@ -57,17 +55,22 @@ class Views:
         return Normalise().to(large.device)(small), features
 
 
-def prefetched(draw: Callable[[], Drawn], count: int, ahead: int) -> Iterator[Drawn]:
-    """Yield `count` results of `draw` in order, up to `ahead` of them made in a thread before they are asked for."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        waiting: deque[Future[Drawn]] = deque()
+def prefetched(
+    draw: Callable[[], Drawn], make: Callable[[Drawn], Made], count: int, *, ahead: int, workers: int = 1
+) -> Iterator[Made]:
+    """Yield `make(draw())` `count` times, up to `ahead` of them made in threads before they are asked for.
+
+    `draw` is called here and in order, so that what it draws does not depend on the threads; 0 `ahead` uses none.
+    """
+    with ThreadPoolExecutor(max_workers=workers) as threads:
+        waiting: deque[Future[Made]] = deque()
         try:
             for left in range(count, 0, -1):
                 while len(waiting) < min(ahead, left):
-                    waiting.append(thread.submit(draw))
-                yield waiting.popleft().result() if waiting else draw()
+                    waiting.append(threads.submit(make, draw()))
+                yield waiting.popleft().result() if waiting else make(draw())
         finally:
-            thread.shutdown(cancel_futures=True)
+            threads.shutdown(cancel_futures=True)
 
 
 def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

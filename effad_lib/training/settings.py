@@ -18,8 +18,8 @@ PACKAGED_CROPS = (0.05, 0.5)
 class TrainingSettings(Settings):
     """Settings of a training; the defaults are the paper's (Algorithm 1), on the first synthetic product."""
 
-    MAY_CHANGE = frozenset({"run_folder", "device", "data_root", "penalty_images", "teacher"})
-    BEFORE = MappingProxyType({"levels": []})
+    MAY_CHANGE = frozenset({"run_folder", "device", "compiled", "data_root", "penalty_images", "teacher"})
+    BEFORE = MappingProxyType({"levels": [], "compiled": ""})
 
     run_folder: str = "runs/training"  # a finished run in it is loaded, an interrupted one continued
     dataset: str = "synthetic"  # folder, elpv, synthetic, mvtec_ad(_2), mvtec_loco, visa, btad, or path/to/file.py:name
@@ -54,6 +54,7 @@ class TrainingSettings(Settings):
     ablation_steps: int = 0  # steps of a second training without the penalty that notebook 03 compares with; 0 skips it
     seed: int = 0  # of everything random
     precision: str = "float32"  # float32, bfloat16 or float16
+    compiled: str = ""  # for graphics cards: a mode of torch.compile, default, reduce-overhead or max-autotune
     device: str = "auto"  # auto, cpu, cuda or mps
 
     def check(self) -> None:
@@ -79,6 +80,8 @@ class TrainingSettings(Settings):
         self.require(self.patience >= 0, "patience", "zero or a number of validations")
         self.require(self.checkpoint in ("last", "best"), "checkpoint", "'last' or 'best'")
         self.require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+        modes = ("", "default", "reduce-overhead", "max-autotune")
+        self.require(self.compiled in modes, "compiled", "'' or a mode: 'default', 'reduce-overhead' or 'max-autotune'")
         pick_device(self.device)
 
     @property

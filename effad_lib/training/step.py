@@ -21,6 +21,24 @@ class Losses(NamedTuple):
     student_autoencoder: Tensor
 
 
+class Draw(NamedTuple):
+    """What one step trains on: which images [N], how their colours change [N] each, and natural images [N, 3, H, W]."""
+
+    chosen: Tensor
+    kinds: Tensor
+    factors: Tensor
+    natural: Tensor
+    generator: Tensor  # the state of the generator after this draw
+
+    def to(self, device: torch.device) -> Draw:
+        """Return it on a device; from pinned memory nothing waits for that."""
+        return Draw(*(value.to(device, non_blocking=True) for value in self[:-1]), self.generator)
+
+    def pinned(self) -> Draw:
+        """Return it in memory from which a graphics card fetches by itself."""
+        return Draw(*(value.pin_memory() for value in self[:-1]), self.generator)
+
+
 def training_losses(
     detector: EfficientAD,
     images: Tensor,

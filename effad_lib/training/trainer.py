@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ from torch import Tensor
 
 from effad_lib import losses
 from effad_lib.detector import EfficientAD
-from effad_lib.distillation import channel_statistics
-from effad_lib.images import NaturalImages, augment_colour, to_float
+from effad_lib.distillation import channel_statistics, prefetched
+from effad_lib.images import NaturalImages, change_colour, draw_colours, to_float
 from effad_lib.memory import kept_memory
 from effad_lib.networks import initialise
 from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
+from effad_lib.settings import cores
 from effad_lib.training.settings import TrainingSettings
-from effad_lib.training.step import Losses, step_factor, training_losses
+from effad_lib.training.step import Draw, Losses, step_factor, training_losses
 
 KEPT_CHECKPOINTS = 3
 VALIDATION_IMAGES = 64
@@ -48,12 +49,14 @@ class Trainer:
         self.drawn: list[Tensor] = []  # the images of each step since the losses were last looked at
         self.first_bad = torch.tensor(-1, device=self.device)  # the first of these steps whose loss is not finite
         self.generator = torch.Generator().manual_seed(settings.seed)
+        self.generator_state = self.generator.get_state()  # after the last step, whatever was drawn ahead
         self.step, self.seconds, self.stale = 0, 0.0, 0
         self.history: list[dict[str, float]] = []
         self.kept: list[tuple[float, int]] = []  # validation loss and step of the best checkpoints, best first
         dtype = getattr(torch, settings.precision)
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.losses = torch.compile(training_losses, mode=settings.compiled) if settings.compiled else training_losses
         state = run.load_checkpoint("last")
         if state is None:
             self._measure_teacher()
@@ -103,9 +106,11 @@ class Trainer:
             SummaryWriter(self.run.folder / "tensorboard", purge_step=self.step + 1) as board,
             progress(initial=self.step, total=settings.steps, desc=f"training {settings.size}", unit="step") as bar,
         ):
-            while self.step < settings.steps and not self.patience_is_over:
-                terms = self.train_step()
-                self.step += 1
+            for draw in self.draws():
+                if self.patience_is_over:
+                    break
+                terms = self.train_step(draw)
+                self.step, self.generator_state = self.step + 1, draw.generator
                 last = self.step == settings.steps
                 if bar.update() or last:  # it was drawn; asking for the losses waits for the device
                     now = {name: f"{float(value):.3f}" for name, value in terms._asdict().items()}
@@ -129,34 +134,45 @@ class Trainer:
         """Whether as many validations as `patience` allows brought no better loss."""
         return bool(self.settings.patience) and self.stale >= self.settings.patience
 
-    def train_step(self) -> Losses:
-        """Draw one batch, take one step of Adam and return the loss terms, detached."""
+    def draws(self) -> Iterator[Draw]:
+        """Yield what each of the remaining steps trains on; for an accelerator made ahead, in threads."""
+        settings = self.settings
+
+        def draw() -> tuple[Tensor, tuple[Tensor, Tensor], list, Tensor]:
+            count, generator = settings.batch_size, self.generator
+            chosen = torch.randint(len(self.images), (count,), generator=generator)
+            return chosen, draw_colours(count, generator), self.natural.draw(count, generator), generator.get_state()
+
+        def make(drawn: tuple[Tensor, tuple[Tensor, Tensor], list, Tensor]) -> Draw:
+            chosen, colours, views, state = drawn
+            natural = self.natural.views(views, tuple(settings.image_size), crop_scale=settings.penalty_crops)
+            made = Draw(chosen, *colours, natural, state)
+            return made.pinned() if self.device.type == "cuda" else made
+
+        workers = 0 if self.device.type == "cpu" else cores()
+        return prefetched(draw, make, settings.steps - self.step, ahead=2 * workers, workers=max(1, workers))
+
+    def train_step(self, draw: Draw) -> Losses:
+        """Take one step of Adam on what was drawn and return the loss terms, detached; nothing waits for the device."""
         settings, detector = self.settings, self.detector
         detector.train()
-        drawn = torch.randint(len(self.images), (settings.batch_size,), generator=self.generator)
-        chosen = drawn.to(self.device)
-        images = to_float(self.images[chosen])
-        augmented = augment_colour(images, self.generator)
-        natural = self.natural.sample(
-            settings.batch_size,
-            tuple(settings.image_size),
-            self.generator,
-            crop_scale=settings.penalty_crops,
-        ).to(self.device)
-        cached = None if self.teacher_cache is None else self.teacher_cache[chosen]
+        self.drawn.append(draw.chosen)
+        here = draw.to(self.device)
+        images = to_float(self.images[here.chosen])
+        augmented = change_colour(images, here.kinds, here.factors)
+        cached = None if self.teacher_cache is None else self.teacher_cache[here.chosen]
         with self.autocast:
-            terms = training_losses(
+            terms = self.losses(
                 detector,
                 images,
                 augmented,
-                natural,
+                here.natural,
                 hard_quantile=settings.hard_quantile,
                 teacher_features=cached,
             )
             total = self.weighted(terms)
         bad = (self.first_bad < 0) & ~total.detach().isfinite()
-        self.first_bad = torch.where(bad, len(self.drawn), self.first_bad)  # without waiting for the device
-        self.drawn.append(drawn)
+        self.first_bad = torch.where(bad, len(self.drawn) - 1, self.first_bad)
         factor = step_factor(self.step, settings.steps, settings.schedule)
         for group in self.optimiser.param_groups:
             group["lr"] = settings.learning_rate * factor
@@ -164,7 +180,7 @@ class Trainer:
         self.scaler.scale(total).backward()
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        return Losses(*(term.detach() for term in terms))
+        return Losses(*torch.stack([term.detach() for term in terms]))  # a copy: a compiled step reuses its memory
 
     def _check_losses(self) -> None:
         """Raise `RunError` if a loss was not finite since this was last asked: such a state is never saved."""
@@ -290,7 +306,7 @@ class Trainer:
             "kept": self.kept,
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "generator": self.generator.get_state(),
+            "generator": self.generator_state,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
@@ -303,6 +319,7 @@ class Trainer:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
+        self.generator_state = state["generator"]
         torch.set_rng_state(state["random"])
         if state["random_cuda"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["random_cuda"])
