@@ -11,7 +11,8 @@ The sums over channels are 36 matrix products. Tiles are taken in bands that sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import numpy as np
@@ -31,8 +32,8 @@ BAND = 192
 LEAST_PAIRS = 128 * 128
 """With fewer pairs of channels in and out, moving the tiles costs more than the multiplications that are saved."""
 
-LEAST_SIDE = 8
-"""Lower or narrower images have too few tiles."""
+LEAST_TILES = 25
+"""With fewer tiles in an image, moving the kernels costs more. An image is computed alike alone and in a batch."""
 
 
 class Conv2d(nn.Conv2d):
@@ -49,25 +50,31 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> 
 
     `images` [N, C, H, W], `weight` [K, C, r, r], `bias` [K] → [N, K, H + 2 padding − r + 1, W + 2 padding − r + 1].
     """
-    if not pays(images, weight):
+    if not pays(images, weight, padding):
         return F.conv2d(images, weight, bias, padding=padding)
     return _Winograd.apply(F.pad(images, (padding,) * 4) if padding else images, weight, bias)
 
 
-def pays(images: Tensor, weight: Tensor) -> bool:
-    """Whether Winograd's method is the quicker one and may be used: float32 on a CPU, enough channels and pixels.
+def pays(images: Tensor, weight: Tensor, padding: int = 0) -> bool:
+    """Whether Winograd's method is the quicker one and may be used: float32 on a CPU, enough channels and tiles.
 
     Compilers and exporters get the convolution itself, which they know better, and autocast its lower precision.
     """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
     return (
         images.device.type == "cpu"
         and images.dtype == weight.dtype == torch.float32
         and weight.shape[-2:] in ((3, 3), (4, 4))
         and weight.shape[0] * weight.shape[1] >= LEAST_PAIRS
-        and min(images.shape[-2:]) >= LEAST_SIDE
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and math.prod(tiles_of(images.shape[-2:], weight.shape[-1], padding)) >= LEAST_TILES
     )
+
+
+def tiles_of(size: Sequence[int], r: int, padding: int = 0) -> tuple[int, int]:
+    """Return how many tiles an image of height and width `size` has in a column and in a row for kernels of r×r."""
+    rows, columns = (-(-(side + 2 * padding - r + 1) // (TILE + 1 - r)) for side in size)
+    return rows, columns
 
 
 @cache
@@ -125,7 +132,7 @@ class _Winograd(torch.autograd.Function):
         padded, rows, columns = _in_whole_tiles(images, r)
         missing = (0, 0, 0, columns * m - gradient.shape[2], 0, rows * m - gradient.shape[1])
         blocks = F.pad(gradient, missing).contiguous().view(count, rows, m, columns, m, out_channels)
-        kernels_gradient = torch.zeros_like(kernels)
+        kernels_gradient = kernels.new_zeros((TILE**2, out_channels, channels))
         # Neighbouring tiles overlap: each is added to its own block of m×m pixels and to those behind it.
         sums = images.new_zeros((count, rows + 1, m, columns + 1, m, channels) if for_images else 0)
         for where in _bands(count, rows, columns):
@@ -145,10 +152,10 @@ class _Winograd(torch.autograd.Function):
         if for_images:
             sums = sums.view(count, (rows + 1) * m, (columns + 1) * m, channels)
             sums = sums[:, :height, :width].permute(0, 3, 1, 2)
-        by_weight = kernels_gradient.view(TILE**2, -1).T @ of_kernel
+        by_weight = of_kernel.T @ kernels_gradient.transpose(0, 1)  # [K, r², C]
         return (
             sums if for_images else None,
-            by_weight.view_as(weight) if for_weight else None,
+            by_weight.view(out_channels, r, r, channels).permute(0, 3, 1, 2) if for_weight else None,
             gradient.sum((0, 1, 2)) if for_bias else None,
         )
 
@@ -157,13 +164,12 @@ def _transformed(weight: Tensor) -> Tensor:
     """Return G W Gᵀ as [36, K, C]."""
     out_channels, channels, r, _ = weight.shape
     _, of_kernel, _ = transforms(r)
-    return (of_kernel @ weight.reshape(-1, r * r).T).view(-1, out_channels, channels)
+    return (of_kernel @ weight.permute(0, 2, 3, 1).reshape(out_channels, r * r, channels)).transpose(0, 1)
 
 
 def _in_whole_tiles(images: Tensor, r: int) -> tuple[Tensor, int, int]:
     """Return images [N, H, W, C] with zeros below and right of them, and the rows and columns of their tiles."""
-    m = TILE + 1 - r
-    rows, columns = (-(-(side - r + 1) // m) for side in images.shape[1:3])
+    m, (rows, columns) = TILE + 1 - r, tiles_of(images.shape[1:3], r)
     missing = [tiles * m + r - 1 - side for tiles, side in zip((rows, columns), images.shape[1:3], strict=True)]
     return F.pad(images, (0, 0, 0, missing[1], 0, missing[0])).contiguous(), rows, columns
 

@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from effad_lib.datasets import Sample
 from effad_lib.detection import inspect_one
@@ -27,7 +26,7 @@ from effad_lib.engines import Inspector, load_exported
 from effad_lib.export import LEAST_OPSET, ExportSettings, convert, in_half, record, save, to_onnx
 from effad_lib.images import Size, check_size, read_image
 from effad_lib.metrics import image_auroc
-from effad_lib.networks import check_network
+from effad_lib.networks import check_network, multiply_adds
 from effad_lib.reading import fitted
 from effad_lib.settings import Settings, cores, pick_device
 
@@ -198,9 +197,7 @@ def accuracy(inspectors: Mapping[Key, Inspector], samples: Sequence[Sample], *, 
 
 def flop(detector: EfficientAD, size: Size) -> int:
     """Return the floating-point operations for one image: two for each multiplication with its addition."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        detector(torch.zeros((1, 3, *size), device=detector.device))
-    return counter.get_total_flops()
+    return 2 * sum(multiply_adds(one, size) for one in (detector.teacher, detector.student, detector.autoencoder))
 
 
 def peak(device: str | torch.device = "cpu", threads: int = 0, *, side: int = 2048, repeats: int = 7) -> float:

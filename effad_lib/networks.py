@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from effad_lib.convolution import Conv2d, convolve
 from effad_lib.images import Size, check_size
@@ -51,7 +53,7 @@ class Normalise(nn.Module):
     """Subtract a mean and divide by a deviation per colour; ImageNet's unless told otherwise.
 
     `forward`: images [N, 3, H, W] in [0, 1] → the same shape, channels last in memory, the order in which convolutions
-    are quickest on CPUs and GPUs and which all layers keep. The two are buffers, so nothing is copied in a step.
+    are quickest and which all layers keep; compilers choose their own. The two are buffers, so no step copies them.
     """
 
     def __init__(self, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> None:
@@ -60,7 +62,10 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        normalised = (images - self.mean) / self.std
+        if torch.compiler.is_compiling():
+            return normalised
+        return normalised.contiguous(memory_format=torch.channels_last)
 
 
 STRIDE = 4
@@ -105,6 +110,7 @@ class PDN(nn.Module):
             channels = out
         *trunk, head, _ = layers
         self.trunk, self.head = nn.Sequential(*trunk), head
+        self.to(memory_format=torch.channels_last)  # as images are; else every call would reorder the kernels
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.trunk(images))
@@ -152,6 +158,7 @@ class Autoencoder(nn.Module):
         self.last = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True), Conv2d(width, out_channels, 3, padding=1)
         )
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         size = images.shape[-2], images.shape[-1]
@@ -181,6 +188,16 @@ def decoder_sizes(image_size: Size) -> list[Size]:
     """Return the six sizes to which the decoder resizes in turn: 3, 8, 15, 32, 63, 127 for 256 pixels."""
     scales = ((64, 1), (32, 0), (16, 1), (8, 0), (4, 1), (2, 1))
     return [tuple(max(1, side // divisor - less) for side in image_size) for divisor, less in scales]
+
+
+def multiply_adds(network: nn.Module, image_size: Size = (256, 256)) -> int:
+    """Return the multiplications, each with its addition, that the convolutions of a network take for one image.
+
+    Counted as the layers say, whatever method computes them.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(network).to("meta")(torch.empty((1, 3, *image_size), device="meta"))
+    return counter.get_total_flops() // 2
 
 
 @torch.no_grad()

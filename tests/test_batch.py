@@ -67,7 +67,7 @@ def teachers(tmp_path, monkeypatch):
             path = tmp_path / "teachers" / f"pdn_{size.lower()}.safetensors"
             path.parent.mkdir(exist_ok=True)
             torch.manual_seed(0)
-            save_file(PDN(size, channels).state_dict(), path)
+            save_file({name: value.contiguous() for name, value in PDN(size, channels).state_dict().items()}, path)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             card = {"size": size, "channels": channels, "sha256": digest, "photographs": photographs}
             card["settings"] = {"backbone": backbone, "steps": 60_000}

@@ -161,7 +161,7 @@ def test_untrained_networks_follow_their_seed_and_leave_the_global_one_alone():
 
 def test_candidates_stand_behind_an_untrained_network_of_their_size(tmp_path):
     own = tmp_path / "own.safetensors"
-    save_file(PDN("XS").state_dict(), own)
+    save_file({name: value.contiguous() for name, value in PDN("XS").state_dict().items()}, own)
     networks = candidates(["XS", own, "S"], "efficientnet_lite2")
     names = ["untrained PDN-XS", "teacher PDN-XS", f"teacher {own}", "untrained PDN-S", "teacher PDN-S"]
     with pytest.raises(SettingsError, match="teacher PDN-XS is named twice"):

@@ -17,7 +17,7 @@ from effad_lib.runs import PROJECT
 ROOMS = (
     "settings memory progress reading images runs execution provenance synthesis convolution networks metrics losses "
     "backbones datasets engines detector distillation calibration training plots charts diagrams evaluation probing "
-    "tiling detection watching export latency viewer published profiles batch reports sweeps cli"
+    "tiling detection watching export latency benchmark viewer published profiles batch reports sweeps cli"
 ).split()
 """The rooms of effad_lib, ground floor first: each may import only those before it."""
 

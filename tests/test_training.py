@@ -50,7 +50,7 @@ def teacher(tmp_path):
     """A small teacher file of the shipped layout, with random weights."""
     torch.manual_seed(0)
     path = tmp_path / "teacher.safetensors"
-    save_file(PDN("XS", CHANNELS).state_dict(), path)
+    save_file({name: value.contiguous() for name, value in PDN("XS", CHANNELS).state_dict().items()}, path)
     card = {"size": "XS", "channels": CHANNELS, "sha256": file_sha256(path), "network": "PDN-XS"}
     path.with_suffix(".json").write_text(json.dumps(card))
     return path
@@ -296,7 +296,7 @@ def test_another_teacher_neither_continues_nor_passes_as_the_first(start, teache
     start("run")
     card = json.loads(teacher.with_suffix(".json").read_text())
     torch.manual_seed(5)
-    save_file(PDN("XS", CHANNELS).state_dict(), teacher)
+    save_file({name: value.contiguous() for name, value in PDN("XS", CHANNELS).state_dict().items()}, teacher)
     digest = file_sha256(teacher)
     teacher.with_suffix(".json").write_text(json.dumps(card | {"sha256": digest}))
     with pytest.raises(RunError, match=r"teacher: \w{12} there, \w{12} now"):

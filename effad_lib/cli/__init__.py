@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 
 from effad_lib import __version__
-from effad_lib.cli import data, deployment, detectors, notebooks, teachers
+from effad_lib.cli import benchmarks, data, deployment, detectors, notebooks, teachers
 from effad_lib.cli.options import Parser
 
 # A command imports what it needs when it runs, so that `effad --help` does not wait for torch.
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "threshold": (detectors.threshold_options, detectors.threshold),
     "export": (deployment.export_options, deployment.export),
     "detect": (detectors.detect_options, detectors.detect),
+    "bench": (benchmarks.bench_options, benchmarks.bench),
 }
 
 

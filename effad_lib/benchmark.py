@@ -1,0 +1,249 @@
+"""Speed of training and detection beside the paper's algorithms written down literally, and cost as work grows."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+import pandas as pd
+import torch
+
+from effad_lib.detector import EfficientAD
+from effad_lib.images import NaturalImages, Size, change_colour, check_size, to_float
+from effad_lib.latency import LatencySettings, chance_detector, grid, measure, peak
+from effad_lib.memory import kept_memory, peak_memory
+from effad_lib.networks import check_network, multiply_adds
+from effad_lib.progress import progress
+from effad_lib.runs import PROJECT, Run
+from effad_lib.settings import Settings, cores, device_name, pick_device
+from effad_lib.training import Draw, Trainer, TrainingSettings
+
+LITERAL = "tests/literal.py"
+"""The paper's Algorithms 1 and 2 as the tests have them, in the project's folder; an installed package lacks it."""
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings(Settings):
+    """Settings of `effad bench`."""
+
+    sizes: list[str] = ("S", "XS")  # of the networks: S, M, XS
+    image_size: list[int] = (256, 256)  # height and width in pixels
+    precisions: list[str] = ("float32", "bfloat16")  # of training; inference has those of the exports
+    compiled: str = ""  # a mode of torch.compile for training too: default, reduce-overhead, max-autotune
+    seconds: float = 10.0  # to measure each case for, three times at least
+    inference: bool = True  # measure detection too
+    growth: bool = False  # instead of both: cost against number and size of images and batch
+    threads: int = 0  # of the CPU; 0 takes all cores, which wants a machine without other work
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def check(self) -> None:
+        for size in self.sizes:
+            check_network(size)
+        check_size(self.image_size)
+        self.require(self.seconds > 0, "seconds", "a number above 0")
+        self.require(self.threads >= 0, "threads", "a number of threads, or 0 for all cores")
+        for precision in self.precisions:  # says what is wrong with the others
+            TrainingSettings(precision=precision, compiled=self.compiled, device=self.device)
+
+
+def literal_algorithms() -> ModuleType | None:
+    """Return `tests/literal.py` as a module, or None where the project's folder lacks it."""
+    path = PROJECT / LITERAL
+    if not path.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location("literal", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def trainer_of(
+    size: str, image_size: Size, *, images: int = 8, batch_size: int = 1, cache_gb: float = 2.0, **settings: object
+) -> Iterator[Trainer]:
+    """Yield a training of random images and networks that is ready for its first step, in a folder that is deleted."""
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = TrainingSettings(
+            run_folder=folder, size=size, image_size=image_size, batch_size=batch_size, cache_gb=cache_gb, **settings
+        )
+        torch.manual_seed(0)
+        detector = EfficientAD(size, image_size=tuple(image_size)).to(pick_device(chosen.device))
+        pixels = torch.randint(0, 256, (images, 3, *image_size), dtype=torch.uint8)
+        yield Trainer(chosen, Run(folder), detector, pixels, pixels[:2], NaturalImages())
+
+
+def literal_step(literal: ModuleType, trainer: Trainer) -> Callable[[], float]:
+    """Return one step of Algorithm 1 as `tests/literal.py` has it, with the trainer's weights, images and first draw.
+
+    It returns the total loss; of a batch the losses are taken one image after the other.
+    """
+    detector, settings, device = trainer.detector, trainer.settings, trainer.device
+    T, S = (literal.pdn(detector.size, factor * detector.channels) for factor in (1, 2))
+    A = literal.LiteralAutoencoder(detector.channels)
+    for source, target in ((detector.teacher, T), (detector.student, S), (detector.autoencoder, A)):
+        literal.copy_weights(source, target)
+        target.to(device)
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    optimiser = torch.optim.Adam([*S.parameters(), *A.parameters()], **rates)
+    mu, sigma = detector.teacher_mean.flatten(), detector.teacher_std.flatten()
+    draw = first_draw(trainer).to(device)
+    images = to_float(trainer.images[draw.chosen])
+    changed = change_colour(images, draw.kinds, draw.factors)
+
+    def step() -> float:
+        ones = zip(images.split(1), changed.split(1), draw.natural.split(1), strict=True)
+        losses = [literal.training_losses(T, S, A, mu, sigma, *one, settings.hard_quantile) for one in ones]
+        optimiser.zero_grad()
+        total = sum(one["total"] for one in losses) / len(losses)
+        total.backward()
+        optimiser.step()
+        return total.item()
+
+    return step
+
+
+def library_step(trainer: Trainer) -> Callable[[], float]:
+    """Return one step of a training, always with its first draw; it returns the total loss, when the device is done."""
+    draw = first_draw(trainer).pinned() if trainer.device.type == "cuda" else first_draw(trainer)
+
+    def step() -> float:
+        trainer.drawn.clear()
+        return trainer.weighted(trainer.train_step(draw)).item()
+
+    return step
+
+
+def first_draw(trainer: Trainer) -> Draw:
+    """Return what the first step of a training draws, without drawing it."""
+    before = trainer.generator.get_state()
+    draw = next(trainer.draws())
+    trainer.generator.set_state(before)
+    return draw
+
+
+def training_table(settings: BenchmarkSettings, literal: ModuleType | None) -> pd.DataFrame:
+    """Time one training step of each size and precision, and of the literal algorithm, all in turn in one run.
+
+    Returns for each size, program and precision: median_ms, p99_ms, calls, ratio (how much faster than the literal
+    step of the same size), tflop (of the layers, for one step as the literal algorithm takes it) and share_of_peak
+    (that work by time, by the machine's float32 peak; a program that needs less work may exceed 1), first_loss.
+    """
+    calls, work, losses = {}, {}, {}
+    with ExitStack() as stack, kept_memory():
+        for size in settings.sizes:
+            for precision in settings.precisions:
+                compiled = settings.compiled if precision != "float16" else ""
+                how = {"precision": precision, "device": settings.device, "compiled": compiled}
+                trainer = stack.enter_context(trainer_of(size, settings.image_size, **how))
+                if literal and size != "XS" and (size, "literal", "float32") not in calls:
+                    calls[size, "literal", "float32"] = literal_step(literal, trainer)
+                calls[size, "effad", precision] = library_step(trainer)
+            work[size] = step_flop(trainer.detector, settings.image_size)
+        losses = {key: call() for key, call in calls.items()}
+        table = measure(calls, seconds=settings.seconds)
+    best = peak(trainer.device, settings.threads or cores())
+    table = table.rename_axis(["size", "program", "precision"]).reset_index()
+    slowest = table[table["program"] == "literal"].set_index("size")["median_ms"]
+    table["ratio"] = table["size"].map(slowest) / table["median_ms"]
+    table["gflop"] = table["size"].map(work) / 1e9
+    table["share_of_peak"] = 1e12 * table["gflop"] / table["median_ms"] / best
+    table["first_loss"] = list(losses.values())
+    table.attrs["peak"] = best
+    return table
+
+
+def step_flop(detector: EfficientAD, size: Size) -> int:
+    """Return the floating-point operations of a literal step: two teacher and three student passes, one autoencoder.
+
+    A pass that trains counts three times: forward, and backward to the layer's input and to its weights. The first
+    layer's input needs no gradient, which is left out of account.
+    """
+    teacher, student, autoencoder = (
+        multiply_adds(one, size) for one in (detector.teacher, detector.student, detector.autoencoder)
+    )
+    return 2 * (2 * teacher + 3 * 3 * student + 3 * autoencoder)
+
+
+def inference_table(settings: BenchmarkSettings, literal: ModuleType | None) -> pd.DataFrame:
+    """Time detection from image tensor to maps and score, batch 1, in every engine: `latency.grid` of these sizes."""
+    device = pick_device(settings.device)
+    detectors = {size: chance_detector(size, settings.image_size, device) for size in settings.sizes}
+    wanted = LatencySettings(
+        sizes=settings.sizes,
+        image_size=settings.image_size,
+        batches=[1] if device.type == "cpu" else [1, 16, 64],
+        seconds=settings.seconds,
+        longest=60.0,
+        threads=settings.threads,
+        compiled=settings.sizes if settings.compiled else [],
+        device=settings.device,
+    )
+    with tempfile.TemporaryDirectory() as folder, kept_memory():
+        return grid(detectors, wanted, folder, literal)
+
+
+GROWTH = {"images": (10, 100, 1_000, 10_000), "side": (64, 128, 256, 512, 1_024), "batch": (1, 2, 4, 8, 16)}
+"""What grows; meanwhile there are 10 images, 64 pixels a side (128 for batches), and a batch of 1."""
+
+
+def growth_table(settings: BenchmarkSettings) -> pd.DataFrame:
+    """Measure what a training costs as its images grow in number and in size, and as its batch does.
+
+    Every case runs in a process of its own. Returns a row for each size and case: grows, value, start_s (teacher
+    statistics and features), step_ms, detect_ms (the same batch) and peak_mb of the process.
+    """
+    rows = []
+    context = multiprocessing.get_context("spawn")
+    cases = [(size, grows, value) for size in settings.sizes for grows, values in GROWTH.items() for value in values]
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
+        for size, grows, value in progress(cases, desc="growing"):
+            given = {"images": GROWTH["images"][0], "side": 128 if grows == "batch" else 64, "batch": 1} | {
+                grows: value
+            }
+            found = processes.submit(cost, size, **given, threads=settings.threads, device=settings.device).result()
+            rows.append({"size": size, "grows": grows, "value": value} | found)
+    return pd.DataFrame(rows)
+
+
+def cost(
+    size: str, *, images: int, side: int, batch: int, threads: int, device: str, calls: int = 3
+) -> dict[str, float]:
+    """Return start_s, step_ms, detect_ms and peak_mb of one training; meant for a process of its own."""
+    torch.set_num_threads(threads or cores())
+    began = time.perf_counter()
+    with trainer_of(size, (side, side), images=images, batch_size=batch, device=device) as trainer, kept_memory():
+        start = time.perf_counter() - began
+        step, detector = library_step(trainer), trainer.detector
+        pictures = to_float(trainer.images[torch.arange(batch) % images])
+
+        @torch.inference_mode()
+        def detect() -> object:
+            return detector.eval()(pictures).score.cpu()
+
+        took = measure({("step",): step, ("detect",): detect}, seconds=1e-9)["median_ms"]
+        memory = torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else peak_memory()
+    return {"start_s": start, "step_ms": took["step"], "detect_ms": took["detect"], "peak_mb": memory / 1e6}
+
+
+def tables(settings: BenchmarkSettings) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the wanted tables one after the other, each with its name; `attrs["where"]` names machine and versions."""
+    threads = settings.threads or cores()
+    torch.set_num_threads(threads)
+    device = pick_device(settings.device)
+    where = f"{device_name(device)}, torch {torch.__version__}"
+    literal = literal_algorithms()
+    work = {"growth": growth_table} if settings.growth else {"training": lambda one: training_table(one, literal)}
+    if settings.inference and not settings.growth:
+        work["inference"] = lambda one: inference_table(one, literal)
+    for name, measured in work.items():
+        table = measured(settings)
+        peak_of = f", float32 peak {table.attrs['peak'] / 1e9:.0f} GFLOP/s" if "peak" in table.attrs else ""
+        table.attrs["where"] = where + peak_of
+        yield name, table
