@@ -224,6 +224,7 @@ SHIPPED = {
     "loco": 5 * 2 * 5,
     "ablations": 15 * 4 * 5,
     "severity": 20,
+    "sizes": 20,
     "quick": 4,
 }
 
