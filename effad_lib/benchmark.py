@@ -39,6 +39,7 @@ class BenchmarkSettings(Settings):
     compiled: str = ""  # a mode of torch.compile for training too: default, reduce-overhead, max-autotune
     seconds: float = 10.0  # to measure each case for, three times at least
     inference: bool = True  # measure detection too
+    exports: bool = True  # in ONNX Runtime and OpenVINO as well
     growth: bool = False  # instead of both: cost against number and size of images and batch
     threads: int = 0  # of the CPU; 0 takes all cores, which wants a machine without other work
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -183,6 +184,7 @@ def inference_table(settings: BenchmarkSettings, literal: ModuleType | None) -> 
         longest=60.0,
         threads=settings.threads,
         compiled=settings.sizes if settings.compiled else [],
+        exports=settings.exports,
         device=settings.device,
     )
     with tempfile.TemporaryDirectory() as folder, kept_memory():

@@ -54,6 +54,7 @@ class LatencySettings(Settings):
     seconds: float = 0.3  # to measure each case for, three calls at least
     longest: float = 1.0  # cases whose call takes more seconds than this are left out
     compiled: list[str] = ("S",)  # sizes for torch.compile, at the first of the batches; half a minute for each
+    exports: bool = True  # measure ONNX Runtime and OpenVINO too
     most_images: int = 70  # of the test images, evenly spread, for accuracy against latency
     threads: int = 1  # of the CPU for every engine; 0 takes all cores, which wants a machine without other work
     device: str = "auto"
@@ -77,20 +78,27 @@ class LatencySettings(Settings):
 
 
 def contenders(
-    detector: EfficientAD, images: np.ndarray, folder: str | Path, *, threads: int, compiled: bool = True
+    detector: EfficientAD,
+    images: np.ndarray,
+    folder: str | Path,
+    *,
+    threads: int,
+    compiled: bool = True,
+    exports: bool = True,
 ) -> dict[Key, Call]:
     """Return every engine and precision that is here as a function of the same images.
 
     `images` uint8 [N, 3, H, W] of the detector's size calibrate INT8. The exports are written below `folder`. In torch
     float16 is measured on CUDA only, as CPUs have no such convolution; exports run on the CPU unless ONNX Runtime knows
-    CUDA too. Sets torch's number of threads.
+    CUDA too, and are left out without `exports`. On CUDA compiled networks are replayed as one graph. Sets torch's
+    number of threads.
     """
     torch.set_num_threads(threads)
     detector, on_gpu = detector.eval(), detector.device.type == "cuda"
     torches = {"float32": detector} | ({"float16": in_half(detector)} if on_gpu else {})
     found: dict[Key, Call] = {("torch", name): _in_torch(model) for name, model in torches.items()}
     for name, model in torches.items() if compiled and (on_gpu or shutil.which(os.environ.get("CXX", "g++"))) else ():
-        call = _in_torch(torch.compile(copy.deepcopy(model)))
+        call = _in_torch(torch.compile(copy.deepcopy(model), mode="reduce-overhead" if on_gpu else "default"))
         try:
             call(torch.from_numpy(images[:1]).to(detector.device) / 255)
         except RuntimeError as error:  # it needs Python's headers too, and on CUDA a compiler of its own
@@ -98,6 +106,8 @@ def contenders(
             warnings.warn(f"torch.compile does not work here and is left out: {reason}", stacklevel=2)
         else:
             found["torch.compile", name] = call
+    if not exports:
+        return found
     graphs = {half: to_onnx(detector, half=half, input_size=detector.image_size) for half in (False, True)}
     for to, engine in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO")):
         for precision in PRECISIONS:
@@ -246,18 +256,20 @@ def grid(
     image), share of the machine's measured float32 peak.
     """
     calls, work = {}, {}
+    on_gpu = next(iter(detectors.values())).device.type == "cuda"
     for size, detector in detectors.items():
         shape = (2, 3, *detector.image_size)
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         where = Path(folder) / size
-        found = contenders(detector, images, where, threads=settings.cores, compiled=size in settings.compiled)
+        how = {"threads": settings.cores, "compiled": size in settings.compiled, "exports": settings.exports}
+        found = contenders(detector, images, where, **how)
         if literal and size != "XS":  # which is not the paper's
             found = {("literal", "float32"): of_literal(literal, detector)} | found
         work[size] = flop(detector, detector.image_size)
         for batch in settings.batches:
             given = torch.rand((batch, *shape[1:]), device=detector.device)
             for (engine, precision), call in found.items():
-                if engine == "torch.compile" and batch != settings.batches[0]:  # it would compile anew
+                if engine == "torch.compile" and batch != settings.batches[0] and not on_gpu:  # it would compile anew
                     continue
                 calls[size, engine, precision, batch] = lambda call=call, given=given: call(given)
     best = peak(next(iter(detectors.values())).device, settings.cores)

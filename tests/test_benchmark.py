@@ -70,6 +70,13 @@ def test_tables_of_a_small_run(tmp_path, capsys):
     assert (table["share_of_peak"] > 0).all() and not (tmp_path / "out" / "inference.csv").exists()
 
 
+def test_detection_without_exports():
+    settings = BenchmarkSettings.from_mapping(SMALL | {"sizes": ["XS"], "exports": False, "seconds": 0.01})
+    table = benchmark.inference_table(settings, literal)
+    assert table[["size", "engine", "precision", "batch"]].values.tolist() == [["XS", "torch", "float32", 1]]
+    assert (table["calls"] >= 3).all() and (table["median_ms"] > 0).all()
+
+
 def test_growth_has_a_row_for_each_case(monkeypatch):
     monkeypatch.setattr(benchmark, "GROWTH", {"images": (4, 8), "side": (64,), "batch": (1,)})
     table = benchmark.growth_table(BenchmarkSettings(sizes=["XS"], growth=True, threads=1, device="cpu"))
