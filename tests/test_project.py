@@ -15,9 +15,9 @@ import yaml
 from effad_lib.runs import PROJECT
 
 ROOMS = (
-    "settings progress reading images runs execution provenance synthesis networks metrics losses backbones datasets "
-    "engines detector distillation calibration training plots charts diagrams evaluation probing tiling detection "
-    "watching export latency viewer published profiles batch reports sweeps cli"
+    "settings progress documents reading cards images runs consent execution provenance synthesis networks metrics "
+    "losses backbones datasets engines detector distillation calibration training plots charts diagrams evaluation "
+    "probing tiling detection watching export latency viewer published profiles batch reports sweeps cli"
 ).split()
 """The rooms of effad_lib, ground floor first: each may import only those before it."""
 

@@ -94,6 +94,7 @@ class DistillationSettings(Settings):
         self.require(sound, "crop_scale", "[] or two shares of the area, 0 < low <= high <= 1")
         self.require(all(side % 4 == 0 for side in self.image_size), "image_size", "sides that are multiples of 4")
         self.require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+        self.require(0 <= self.seed < 2**63, "seed", "a whole number from 0 to below 2^63")
         pick_device(self.device)
 
 

@@ -79,6 +79,7 @@ class TrainingSettings(Settings):
         self.require(self.patience >= 0, "patience", "zero or a number of validations")
         self.require(self.checkpoint in ("last", "best"), "checkpoint", "'last' or 'best'")
         self.require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+        self.require(0 <= self.seed < 2**63, "seed", "a whole number from 0 to below 2^63")
         pick_device(self.device)
 
     @property
