@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-MOST_BYTES = 2**18
-"""A YAML file that is longer than this is refused: it would take its reader minutes."""
+MOST_BYTES = 2**16
+"""A YAML file that is longer than this is refused: more would take seconds to read."""
 
 MOST_VALUES = 100_000
 """A YAML file that stands for more values than this is refused: a few lines of aliases can stand for billions."""
@@ -31,10 +31,11 @@ def read_yaml(path: str | Path) -> Any:
     if len(data) > MOST_BYTES:
         raise DocumentError(f"{path} is longer than {MOST_BYTES:,} bytes. Make several files of it.")
     try:
-        text = data.decode("utf-8")
-        if (root := yaml.compose(text, yaml.SafeLoader)) is not None:
-            _count(root, path, {})
-        return yaml.safe_load(text)
+        loader = yaml.SafeLoader(data.decode("utf-8"))
+        if (root := loader.get_single_node()) is None:
+            return None
+        _count(root, path, {})
+        return loader.construct_document(root)
     except DocumentError:
         raise
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -20,7 +20,7 @@ from effad_lib.images import Size, check_size, load_images, to_float
 from effad_lib.networks import PDN, PDN_LAYERS, Normalise, initialise
 from effad_lib.progress import progress
 from effad_lib.runs import write_json
-from effad_lib.settings import SettingsError
+from effad_lib.settings import SEEDS, SettingsError
 
 BLUR = 1.0
 """Deviation in cells of the Gaussian that smooths the maps: 4 pixels for a PDN, and the same part of a backbone's."""
@@ -165,6 +165,8 @@ def candidates(
 
     A teacher is a size or a file, see `load_teacher`. Raises `SettingsError` for one that is named twice.
     """
+    if seed not in SEEDS:
+        raise SettingsError(f"seed = {seed!r}: takes a whole number from 0 to below 2^63.")
     found: dict[str, PDN | Backbone] = {}
     for source in teachers:
         pdn, card = load_teacher(source, padding=True)

@@ -27,7 +27,7 @@ from effad_lib.datasets.split import (
 from effad_lib.images import ALL_LEVELS, ImageError, read_image, read_regions
 from effad_lib.progress import progress
 from effad_lib.runs import resolve
-from effad_lib.settings import nearest
+from effad_lib.settings import SEEDS, nearest
 
 __all__ = [
     "MVTEC_AD",
@@ -76,7 +76,7 @@ def load_dataset(
         raise DatasetError(f"unknown data set {dataset!r}: {nearest(dataset, LOADERS)}")
     if not 0 < validation_share < 1:
         raise DatasetError(f"validation_share = {validation_share!r}: takes a share above 0 and below 1.")
-    if not 0 <= seed < 2**63:
+    if seed not in SEEDS:
         raise DatasetError(f"seed = {seed!r}: takes a whole number from 0 to below 2^63.")
     split = LOADERS[dataset](resolve(root) if str(root) else None, category, seed, validation_share)
     _check(split, dataset)
