@@ -73,8 +73,10 @@ def damaged(draw, wholes: list[bytes]) -> bytes:
 NUMBERS = st.one_of(st.integers(-3, 300), st.integers(), st.floats())
 PLAIN = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=12))
 VALUES = st.recursive(
-    PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4), max_leaves=8
-)  # fmt: skip
+    PLAIN,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=8,
+)
 
 
 def changed(known: dict) -> st.SearchStrategy[dict]:
@@ -256,10 +258,11 @@ def test_checkpoints(place, data):
 # --- data sets ------------------------------------------------------------------------------------------------------
 
 FOLDERS = "train test validation ground_truth good ok dent Data Images Normal Anomaly Masks 000 .hidden _ a".split()
+ENDINGS = st.sampled_from([".png", "_mask.png", ".txt"])
 TREES = st.lists(
-    st.tuples(st.lists(st.sampled_from(FOLDERS), max_size=4), st.integers(0, 99), st.sampled_from([".png", "_mask.png", ".txt"])),
+    st.tuples(st.lists(st.sampled_from(FOLDERS), max_size=4), st.integers(0, 99), ENDINGS),
     max_size=40,
-)  # fmt: skip
+)
 
 
 @fuzz

@@ -88,6 +88,7 @@ ACCEPTED = {  # name of the file: its bytes, and what they are, [H, W, 3]
     "20,000 pixels wide.png": (packed(wide()), wide()),
 }
 
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\n"
 UNREADABLE = "cannot be read as an image .* Replace or remove the file"
 
 REFUSED = {  # name of the file: its bytes, and what is said of it
@@ -97,7 +98,7 @@ REFUSED = {  # name of the file: its bytes, and what is said of it
     "words.png": (b"these are words", UNREADABLE),
     "a web page.jpg": (b"<html><script>alert(1)</script></html>", UNREADABLE),
     "an archive.png": (b"PK\x03\x04" + bytes(60), UNREADABLE),
-    "PostScript, for which a program would be started.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\n", UNREADABLE),
+    "PostScript, for which a program would be started.png": (POSTSCRIPT, UNREADABLE),
     "a GIF, which is none of the formats.png": (packed(kind="GIF"), UNREADABLE),
     "a PDF.png": (packed(kind="PDF"), UNREADABLE),
     "an icon.bmp": (packed(kind="ICO"), UNREADABLE),
@@ -106,7 +107,7 @@ REFUSED = {  # name of the file: its bytes, and what is said of it
     **{f"JPEG cut at {share} %.jpg": (JPEG[: len(JPEG) * share // 100], UNREADABLE) for share in (1, 25, 50, 90)},
     **{f"TIFF cut at {share} %.tif": (TIFF[: len(TIFF) * share // 100], UNREADABLE) for share in (1, 50, 99)},
     **{f"WebP cut at {share} %.webp": (WEBP[: len(WEBP) * share // 100], UNREADABLE) for share in (1, 50, 99)},
-    **{f"BMP cut at {share} %.bmp": (BMP[: len(BMP) * share // 100], UNREADABLE) for share in (0.1, 50, 99) if share >= 1},
+    **{f"BMP cut at {share} %.bmp": (BMP[: len(BMP) * share // 100], UNREADABLE) for share in (50, 99)},
     "flipped bytes.png": (PNG[:60] + bytes(255 - byte for byte in PNG[60:90]) + PNG[90:], UNREADABLE),
     "no data.png": (png(80, 72), UNREADABLE),
     "too few data.png": (png(80, 72, rows=bytes(300)), UNREADABLE),
@@ -211,7 +212,7 @@ MASKS = {  # of a defective image: the file's bytes, and what is said of them
     "CMYK": (packed(np.dstack([TRUTH] * 3), kind="TIFF", mode="CMYK"), "image mode CMYK is not supported"),
     "two pages": (animated("TIFF"), "holds 2 images where one is expected"),
     "a decompression bomb": (png(60_000, 60_000), "decompression bomb"),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 80 72\n%%EndComments\n", "cannot be read as a mask"),
+    "PostScript": (POSTSCRIPT, "cannot be read as a mask"),
 }
 
 GOOD_MASKS = {

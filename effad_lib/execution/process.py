@@ -17,6 +17,7 @@ from typing import Any
 
 from effad_lib import __version__
 from effad_lib.consent import NAMED
+from effad_lib.documents import DocumentError, read_json
 from effad_lib.execution.lock import STALE, Lock, LockError
 from effad_lib.execution.notebooks import Task, execute, source_hash
 from effad_lib.runs import PROJECT, Run, RunError, from_project, resolve, write_json
@@ -126,9 +127,10 @@ def mark_failed(folder: Path, notebook: str, message: str, *, cell: int | None =
 
 def failure(folder: Path) -> dict[str, Any] | None:
     """Return what `failed.json` of a run says, None if it has not failed."""
+    unknown = {"notebook": "", "cell": None, "error": "", "message": "", "at": ""}
     try:
-        return json.loads((folder / FAILED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return unknown | read_json(folder / FAILED)
+    except DocumentError:
         return None
 
 
