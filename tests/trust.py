@@ -12,6 +12,16 @@ import pytest
 from effad_lib.cli import main
 
 
+class Malicious:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
 def is_ours(error: BaseException) -> bool:
     """Whether an error was written for people: the command line prints these without a traceback."""
     return type(error).__module__.startswith("effad_lib")
