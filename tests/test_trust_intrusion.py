@@ -1,7 +1,7 @@
 """Nobody gets in: what is sent to somebody (runs, sweeps, images and their names) executes and injects nothing.
 
-Models, teachers and checkpoints that hold code are in test_trust_models.py and test_trust_teachers.py, documents in test_trust_yaml.py. Archives
-are unpacked by nobody but the user: the last tests of this file see to it.
+Models, teachers and checkpoints that hold code are in test_trust_models.py and test_trust_teachers.py, documents in
+test_trust_yaml.py. Archives are unpacked by nobody but the user: the last tests of this file see to it.
 """
 
 from __future__ import annotations

@@ -97,12 +97,12 @@ def load_teacher(source: str | Path, *, padding: bool = False) -> tuple[PDN, dic
     if (channels := len(weights.get("head.bias", ()))) != card["channels"]:  # before so many are made
         raise SettingsError(f"teacher {path}: its card has {card['channels']} channels, its weights {channels}.")
     pdn = PDN(card["size"], card["channels"], padding)
-    if more := sorted(weights.keys() - pdn.state_dict().keys()):
-        raise SettingsError(f"teacher {path}: {more[0]} is no layer of PDN-{card['size']}. Fetch it again.")
     for name, value in pdn.state_dict().items():
         if name not in weights or weights[name].shape != value.shape:
             got = tuple(weights[name].shape) if name in weights else "nothing"
             raise SettingsError(f"teacher {path}: layer {name} needs shape {tuple(value.shape)}, the file has {got}.")
+    if more := sorted(weights.keys() - pdn.state_dict().keys()):
+        raise SettingsError(f"teacher {path}: {more[0]} is no layer of PDN-{card['size']}. Fetch it again.")
     pdn.load_state_dict(weights)
     return pdn.eval().requires_grad_(False), card
 
