@@ -256,9 +256,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
         raise SettingsError(f"weights {path}: not a safetensors file or a plain state dict ({error}).") from error
-    entries = state.items() if isinstance(state, dict) else [("the whole", state)]
-    for key, value in entries:
-        if not isinstance(value, Tensor):
+    if not isinstance(state, dict):
+        raise SettingsError(f"weights {path}: not a plain state dict but {type(state).__name__}. Save weights alone.")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
             raise SettingsError(f"weights {path}: not a plain state dict, {key!r} is no tensor. Save weights alone.")
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 

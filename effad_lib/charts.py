@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from effad_lib.plots import HEAT, PALETTE, WIDTH, Scale
+from effad_lib.plots import HEAT, PALETTE, WIDTH, Scale, plain
 
 
 def plot_distributions(
@@ -160,7 +160,8 @@ def plot_table(table: pd.DataFrame, label: str, *, scale: Scale) -> Figure:
     size = WIDTH, 0.34 * len(table) + 1.2
     fig, ax = plt.subplots(figsize=size, layout="constrained")
     style = {"cmap": HEAT, "vmin": scale[0], "vmax": scale[1], "linewidths": 0.5, "annot_kws": {"fontsize": 9}}
-    sns.heatmap(table.astype(float), annot=True, fmt=".3f", ax=ax, cbar_kws={"label": label}, **style)
+    table = table.astype(float).rename(index=plain, columns=plain)
+    sns.heatmap(table, annot=True, fmt=".3f", ax=ax, cbar_kws={"label": label}, **style)
     ax.set(xlabel="", ylabel="")
     ax.tick_params(axis="y", rotation=0)
     return fig

@@ -17,7 +17,7 @@ from effad_lib import plots
 from effad_lib.engines import RUNTIMES, Inspection, Inspector, load_exported
 from effad_lib.progress import progress
 from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
-from effad_lib.runs import write_bytes, write_text
+from effad_lib.runs import write_bytes, write_csv
 from effad_lib.settings import SettingsError
 from effad_lib.tiling import check_overlap, inspect_tiles
 
@@ -181,8 +181,7 @@ def detect_one(
         packed = io.BytesIO()
         Image.fromarray(marked.astype(np.uint8) * 255).save(packed, format="PNG")
         write_bytes(inside(out, "masks", f"{name}.png"), packed.getvalue())
-    # A dollar sign in a file's name would start mathematics in matplotlib.
-    title = f"{name.as_posix()}: score {score:.3g}".replace("$", r"\$")
+    title = f"{name.as_posix()}: score {score:.3g}"
     # Below 0.1, the 99.5 % quantile of normal pixels, a threshold would stretch mere noise over the whole scale.
     scale = plots.heat_scale([], max(detector.threshold, 0.1))
     figure = plots.heatmap_panel(
@@ -225,7 +224,7 @@ def inside(out: Path, kind: str, name: str) -> Path:
 
 
 def write_table(rows: list[tuple], out: Path) -> pd.DataFrame:
-    """Write `scores.csv` and return what it holds."""
+    """Write `scores.csv` and return its rows, in which names are as they are and not as `write_csv` writes them."""
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"score": float, "threshold": float, "marked": float})
-    write_text(out / "scores.csv", table.to_csv(index=False))
+    write_csv(out / "scores.csv", table)
     return table

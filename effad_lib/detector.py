@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effad_lib import __version__
+from effad_lib.cards import read_card
 from effad_lib.engines import Inspection
 from effad_lib.images import Levels, Size, check_levels, check_size, to_float
 from effad_lib.networks import PDN, Autoencoder, Normalise
@@ -129,8 +130,12 @@ class EfficientAD(nn.Module):
             raise SettingsError(f"model {path}: there is no such file. Train one with `effad train`.")
         try:
             with safe_open(path, "pt") as file:
-                card = json.loads((file.metadata() or {})["effad_card"])
+                card = read_card((file.metadata() or {})["effad_card"])
                 weights = {name: file.get_tensor(name) for name in file.keys()}
+            if (measured := weights["teacher_mean"].numel()) != card["channels"]:  # before so many are made
+                raise ValueError(f"its card has {card['channels']} channels, its weights {measured}")
+            if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
+                raise ValueError(f"{broken[0]} holds NaN or infinite values")
             detector = cls(card["size"], card["channels"], card["padding"], tuple(card["image_size"]))
             detector.load_state_dict(weights)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:

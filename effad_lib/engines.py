@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from effad_lib.reading import Levels, Size, check_levels
+from effad_lib.cards import read_card
+from effad_lib.reading import Levels, Size, check_levels, check_size
 from effad_lib.settings import SettingsError, nearest
 
 OUTPUTS = ("combined", "student_teacher", "student_autoencoder", "score")
@@ -59,11 +59,11 @@ class Exported(ABC):
     def __init__(self, path: Path, device: str, threads: int) -> None:
         try:
             text = self._open(path, device, threads)
-            self.card = json.loads(text)
+            self.card = read_card(text)
             made, self.image_size = self.card["export"], tuple(self.card["image_size"])
             self.threshold, self.pixel_threshold = self.card["threshold"], self.card["pixel_threshold"]
             self.calibration = self.card["calibration"]
-            self.input_size = None if made["input_size"] is None else tuple(made["input_size"])
+            self.input_size = None if made["input_size"] is None else check_size(made["input_size"])
             self.levels = check_levels(self.card["levels"])
             self.batch: int | None = made["batch"]
         except (ImportError, SettingsError):

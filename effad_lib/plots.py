@@ -40,6 +40,11 @@ BARE = {"xticks": [], "yticks": [], "frame_on": False}
 Scale = tuple[float, float]
 
 
+def plain(text: str) -> str:
+    """Return a text, such as a file's name, for a figure: a dollar sign in it would start mathematics in matplotlib."""
+    return text.replace("$", r"\$") if isinstance(text, str) else text
+
+
 def plot_images(
     images: Sequence[np.ndarray],
     titles: Sequence[str] = (),
@@ -61,7 +66,7 @@ def plot_images(
         ax.imshow(picture)
         _outline(ax, masks[index] if len(masks) else None, picture.shape)
         if len(titles):
-            ax.set_title(titles[index], fontsize=9)
+            ax.set_title(plain(titles[index]), fontsize=9)
     return fig
 
 
@@ -100,7 +105,7 @@ def plot_heatmaps(
         for ax, values in zip(cells[len(pictures) :], maps.values(), strict=True):
             ax.imshow(np.asarray(values[index]), cmap=HEAT, norm=norm, extent=_extent(image))
         if len(titles):
-            cells[0].set_title(titles[index], fontsize=9)
+            cells[0].set_title(plain(titles[index]), fontsize=9)
     for ax, name in zip(axes[:, 0], names * blocks, strict=True):
         ax.set_ylabel(name, fontsize=9 if columns < 6 else 7)  # no longer than its picture is tall
     for ax in axes[-len(names) :, 1 + (count - 1) % columns :].flat:
@@ -139,7 +144,7 @@ def heatmap_panel(
     _outline(axes[1], marked, picture.shape, PREDICTED)
     _heat_bar(fig, drawn, [axes[1]], threshold)
     if title:
-        fig.suptitle(title, fontsize=11)
+        fig.suptitle(plain(title), fontsize=11)
     return fig
 
 
@@ -163,7 +168,7 @@ def plot_score_distribution(
     A logarithmic scale, for positive scores only, keeps those near the threshold apart when a few are much larger.
     """
     words = {0: "good", 1: "defective"}  # a text never equals one of these numbers
-    named = [str(words.get(label, label)) for label in labels]
+    named = [plain(str(words.get(label, label))) for label in labels]
     kinds = sorted(set(named), key=lambda kind: (kind != "good", kind))
     table = pd.DataFrame({"score": np.asarray(scores, dtype=float), "kind": named})
     colours = {kind: GOOD if kind == "good" else DEFECTIVE for kind in kinds}

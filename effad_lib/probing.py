@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from torch.nn import functional as F
 from effad_lib.backbones import Backbone, load_backbone
 from effad_lib.datasets import Split, verify
 from effad_lib.detector import AnomalyMaps
-from effad_lib.distillation import channel_statistics, load_teacher, teacher_files
+from effad_lib.distillation import channel_statistics, load_teacher, read_teacher_card, teacher_files
 from effad_lib.evaluation import evaluate
 from effad_lib.images import Size, check_size, load_images, to_float
 from effad_lib.networks import PDN, PDN_LAYERS, Normalise, initialise
 from effad_lib.progress import progress
 from effad_lib.runs import write_json
-from effad_lib.settings import SettingsError
+from effad_lib.settings import SEEDS, SettingsError
 
 BLUR = 1.0
 """Deviation in cells of the Gaussian that smooths the maps: 4 pixels for a PDN, and the same part of a backbone's."""
@@ -166,10 +165,12 @@ def candidates(
 
     A teacher is a size or a file, see `load_teacher`. Raises `SettingsError` for one that is named twice.
     """
+    if seed not in SEEDS:
+        raise SettingsError(f"seed = {seed!r}: takes a whole number from 0 to below 2^63.")
     found: dict[str, PDN | Backbone] = {}
     for source in teachers:
         pdn, card = load_teacher(source, padding=True)
-        found.setdefault(f"untrained {card['network']}", untrained(pdn.size, pdn.out_channels, seed=seed))
+        found.setdefault(f"untrained PDN-{card['size']}", untrained(pdn.size, pdn.out_channels, seed=seed))
         if (name := _title(source)) in found:
             raise SettingsError(f"{name} is named twice.")
         found[name] = pdn
@@ -218,8 +219,9 @@ def read_cards(teachers: Sequence[str | Path], backbone: str) -> list[dict[str, 
         path, card_path = teacher_files(source)
         if not card_path.is_file():
             raise SettingsError(f"teacher {path}: it has no card {card_path.name} beside it to record in.")
-        card = json.loads(card_path.read_text(encoding="utf-8"))
-        own = card.get("settings", {}).get("backbone", backbone)
+        card = read_teacher_card(card_path)
+        made = card.get("settings")
+        own = made.get("backbone", backbone) if isinstance(made, dict) else backbone
         if backbone not in ("", own):
             raise SettingsError(f"teacher {path} imitates {own}, not {backbone}: record it with its own backbone.")
         cards.append(card)
@@ -238,12 +240,12 @@ def record(
     paths = []
     for source, before in zip(teachers, cards, strict=True):
         path = teacher_files(source)[1]
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = read_teacher_card(path)
         if card["sha256"] != before["sha256"]:
             raise SettingsError(
                 f"teacher {source} was replaced while it was judged: nothing is recorded. Probe it anew."
             )
-        columns = {"untrained": f"untrained {card['network']}", "teacher": _title(source)}
+        columns = {"untrained": f"untrained PDN-{card['size']}", "teacher": _title(source)}
         if settings["backbone"]:
             columns["backbone"] = f"backbone {settings['backbone']}"
         found = [

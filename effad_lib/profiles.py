@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from effad_lib import __version__
+from effad_lib.consent import check_named
 from effad_lib.datasets import load_dataset
 from effad_lib.distillation import DistillationSettings, load_teacher
+from effad_lib.documents import DocumentError, read_yaml
 from effad_lib.evaluation import EvaluationSettings
 from effad_lib.execution.notebooks import Task, executed_record, source_hash
 from effad_lib.latency import LatencySettings
@@ -42,9 +42,6 @@ SETTINGS: dict[str, type[Settings]] = {
 
 FOLDER = r"\w[\w.-]*"
 """The name of a run folder."""
-
-MOST_VALUES = 100_000
-"""A YAML file that stands for more values than this is refused: a few lines of aliases can stand for billions."""
 
 
 class ProfileError(ValueError):
@@ -108,14 +105,17 @@ def load_profile(profile: str, *, runs: str | Path = "runs", notebooks: str | Pa
     """Return the steps of a profile, every notebook and parameter of them checked.
 
     A profile is a YAML list of `{notebook: 03_training, run: synthetic, parameters: {steps: 500}}`. In a text
-    parameter `{runs}` stands for the profile's folder of runs. Raises `ProfileError` or `SettingsError`.
+    parameter `{runs}` stands for the profile's folder of runs. Raises `ProfileError`.
     """
     notebooks = Path(notebooks)
     known = sorted(path.stem for path in (notebooks / "profiles").glob("*.yaml"))
     if profile not in known:
         raise ProfileError(f"unknown profile {profile!r} in {notebooks / 'profiles'}: {nearest(profile, known)}")
     path = notebooks / "profiles" / f"{profile}.yaml"
-    entries = read_yaml(path)
+    try:
+        entries = read_yaml(path)
+    except DocumentError as error:
+        raise ProfileError(str(error)) from error
     if not isinstance(entries, list) or not entries:
         raise ProfileError(f"{path.name}: takes a list of steps, each with notebook, run and parameters.")
     steps: list[Step] = []
@@ -158,8 +158,8 @@ def make_step(notebook: str, folder: Path, given: dict[str, Any], *, runs: Path,
     """Return the step that executes a notebook with the given parameters in a run folder, names and values checked.
 
     In a text parameter `{run}` stands for the run folder and `{runs}` for `runs`, the folder of all runs of the profile
-    or sweep. Whether teacher and data are there is not asked, see `check_sources`. Raises `ProfileError` or
-    `SettingsError`.
+    or sweep. Whether teacher and data are there is not asked, see `check_sources`. Raises `ProfileError`,
+    `SettingsError`, or `ConsentError` for a data set that is code which the user has not named.
     """
     if "run_folder" in given:
         raise ProfileError(f"parameters = {given!r}: takes no run_folder, which the name of the run gives.")
@@ -173,48 +173,14 @@ def make_step(notebook: str, folder: Path, given: dict[str, Any], *, runs: Path,
     if "run_folder" in defaults:
         given["run_folder"] = from_project(folder)
     settings = _typed(defaults, given)
+    if isinstance(dataset := settings.as_dict().get("dataset"), str):
+        check_named(dataset)
     if notebook in SETTINGS:
         fields = {field.name for field in dataclasses.fields(SETTINGS[notebook])}
         values = {key: value for key, value in settings.as_dict().items() if key in fields or notebook == TRAINING}
         checked = SETTINGS[notebook].from_mapping(values)
         settings = checked if notebook in (TRAINING, DISTILLATION) else settings
     return Step(source, folder, given, settings)
-
-
-def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds.
-
-    Raises `ProfileError` for what is not YAML, for a key that is given twice in a mapping, of which YAML would take the
-    last, and for aliases that stand for more than a file should hold.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if (root := yaml.compose(text, yaml.SafeLoader)) is not None:
-            _count(root, path, {})
-        return yaml.safe_load(text)
-    except OSError as error:
-        raise ProfileError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ProfileError(f"{path.name} is not YAML: {error}") from error
-
-
-def _count(node: yaml.Node, path: Path, known: dict[int, int | None]) -> int:
-    """Return how many values a node stands for, with those behind its aliases; `known` are the counts so far."""
-    if id(node) in known:
-        if (count := known[id(node)]) is None:
-            raise ProfileError(f"{path.name}, line {node.start_mark.line + 1}: an alias stands for what it is part of.")
-        return count
-    known[id(node)] = None
-    children: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ProfileError(f"{path.name}, line {node.start_mark.line + 1}: {twice[0]!r} is given twice.")
-        children = [child for pair in node.value for child in pair]
-    known[id(node)] = count = 1 + sum(_count(child, path, known) for child in children)
-    if count > MOST_VALUES:
-        raise ProfileError(f"{path.name} stands for more than {MOST_VALUES:,} values: too many aliases.")
-    return count
 
 
 def notebook_parameters(notebook: str | Path) -> dict[str, Any]:

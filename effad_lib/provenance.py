@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from effad_lib import __version__
+from effad_lib.documents import DocumentError, read_json
 from effad_lib.runs import PROJECT, resolve, write_json
 from effad_lib.settings import device_name
 
@@ -43,11 +43,12 @@ def note_provenance(folder: str | Path, device: torch.device, *, seed: int, data
 
 
 def provenance_of(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the entries of a run, an empty list if it has none."""
-    try:
-        return json.loads((resolve(folder) / NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
+    """Return the entries of a run, an empty list if it has none. Raises `DocumentError` for a broken file."""
+    path = resolve(folder) / NAME
+    made = read_json(path, list) if path.is_file() else []
+    if not all(isinstance(entry, dict) for entry in made):
+        raise DocumentError(f"{path} holds what is no entry of a run. Restore or delete it.")
+    return made
 
 
 def git_commit(folder: Path) -> str | None:

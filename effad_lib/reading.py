@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,14 @@ ALL_LEVELS: Levels = (0, 65535)
 SMALLEST = 64
 """The smallest image side in pixels that the autoencoder's encoder can reduce to one cell."""
 
+LARGEST = 16_384
+"""The largest side in pixels that images can be brought to: the teacher's features of such a square are 26 GB."""
+
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+"""Pillow's names of the formats that are tried, whatever a file is called: of others it knows some start programs, such
+as Ghostscript for PostScript."""
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 """Pillow's modes that become RGB without a guess."""
@@ -31,19 +39,19 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 """Pillow's modes of grey images that are read with `Levels`."""
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for a file that it cannot decode."""
-
 
 class ImageError(ValueError):
     """An image, a mask or a folder of images that cannot be used; the message names the file and the remedy."""
 
 
 def check_size(size: Sequence[int]) -> Size:
-    """Return `size` as (height, width). Raises `ImageError` unless both are whole numbers of at least 64 pixels."""
+    """Return `size` as (height, width). Raises `ImageError` unless both are whole numbers of 64 to 16,384 pixels."""
     pair = tuple(size) if isinstance(size, Sequence) else ()
-    if len(pair) != 2 or not all(isinstance(length, Integral) and length >= SMALLEST for length in pair):
-        raise ImageError(f"image size {size!r}: takes height and width, whole numbers of at least {SMALLEST} pixels.")
+    if len(pair) != 2 or not all(isinstance(length, Integral) and SMALLEST <= length <= LARGEST for length in pair):
+        raise ImageError(
+            f"image size {size!r}: takes height and width, whole numbers of at least {SMALLEST} pixels and at most "
+            f"{LARGEST:,}."
+        )
     return int(pair[0]), int(pair[1])
 
 
@@ -64,8 +72,8 @@ def find_images(folder: str | Path) -> list[Path]:
 def images_below(folder: Path, root: Path | None = None) -> Iterator[Path]:
     """Yield image files in the order of their names: a million of them in seconds, so only links are looked up.
 
-    Links that lead out of `root`, by default the folder itself, are left out. Raises `ImageError` for a folder that
-    cannot be listed.
+    Links that lead out of `root`, by default the folder itself, or nowhere, are left out. Raises `ImageError` for a
+    folder that cannot be listed, and for an image whose name is no text, which no table could hold.
     """
     root = root or folder.resolve()
     try:
@@ -77,15 +85,24 @@ def images_below(folder: Path, root: Path | None = None) -> Iterator[Path]:
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from images_below(folder / entry.name, root)
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and _is_file(entry):
             path = folder / entry.name
+            if any("\udc80" <= letter <= "\udcff" for letter in entry.name):  # how Python keeps bytes that are no text
+                raise ImageError(f"{folder}: the name {os.fsencode(entry.name)} is not UTF-8. Rename the file.")
             if not entry.is_symlink() or path.resolve().is_relative_to(root):
                 yield path
 
 
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link in a circle
+        return False
+
+
 def check_levels(levels: Sequence[float]) -> Levels | None:
     """Return levels as a pair, None for none. Raises `ImageError` unless they are two values, the first the lower."""
-    if len(levels) and not (len(levels) == 2 and levels[0] < levels[1]):
+    if len(levels) and not (len(levels) == 2 and -math.inf < levels[0] < levels[1] < math.inf):
         raise ImageError(f"levels {list(levels)}: takes the values of black and of white, the first the lower one.")
     return (float(levels[0]), float(levels[1])) if len(levels) else None
 
@@ -95,9 +112,9 @@ def read_image(path: str | Path, size: Size | None = None, levels: Levels | None
 
     Returns uint8 [3, H, W]. Eight-bit grey, palette and transparent images become RGB, the three channels of grey ones
     equal; 16-bit grey ones are brought to 8 bits by `levels` first. Raises `ImageError` for files that cannot be
-    decoded, for 16-bit colour, float and CMYK images and 16-bit grey without `levels`, whose conversion would be a
-    guess, and, where a `size` is given, for sides below 64 pixels: enlarging would invent what the networks are to
-    judge.
+    decoded, for 16-bit colour, float and CMYK images, 16-bit grey without `levels` and several images in one file,
+    whose conversion would be a guess, and, where a `size` is given, for sides below 64 pixels: enlarging would invent
+    what the networks are to judge.
     """
     with _opened(path, "an image", (*MODES, *SIXTEEN_BITS) if levels else MODES) as image:
         upright = ImageOps.exif_transpose(image)
@@ -140,12 +157,15 @@ def image_size(path: str | Path) -> Size:
 def _opened(path: str | Path, what: str, modes: tuple[str, ...] = MODES) -> Iterator[Image.Image]:
     """Yield an image file of a supported mode, opened; what fails in opening or decoding it is an `ImageError`."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             _check_mode(path, what, image, modes)
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # a telephone's JPEG, of which the others are previews
+                raise ImageError(f"{path}: holds {frames} images where one is expected. Save the right one alone.")
             yield image
     except ImageError:
         raise
-    except UNREADABLE as error:
+    except Exception as error:  # of a broken file Pillow raises whatever its parsing runs into
         raise ImageError(f"{path}: cannot be read as {what} ({error}). Replace or remove the file.") from error
 
 

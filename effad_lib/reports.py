@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import yaml
 from matplotlib.figure import Figure
 
 from effad_lib import plots
@@ -160,7 +159,7 @@ def _parameters(folders: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
         run = Run(folder)
         if not run.done or "image_auroc" not in run.metrics:
             raise RunError(f"{folder} holds no evaluation. Make one: effad evaluate {folder}")
-        made[folder] = yaml.safe_load((folder / "parameters.yaml").read_text(encoding="utf-8"))
+        made[folder] = run.parameters
     return made
 
 

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from effad_lib.documents import DocumentError, read_json, read_yaml
+
 if TYPE_CHECKING:
+    import pandas
+
     from effad_lib.settings import Settings
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -26,14 +30,25 @@ class RunError(RuntimeError):
     """A run folder that cannot be used as asked."""
 
 
-def resolve(path: str | Path) -> Path:
-    """Return `path` as an absolute path, relative ones taken from the project's folder; `~` is expanded."""
-    return (PROJECT / Path(path).expanduser()).resolve()
+def resolve(path: str | Path, start: Path | None = None) -> Path:
+    """Return `path` as an absolute path, relative ones taken from `start`, the project's folder; `~` is expanded.
+
+    Raises `RunError` for what can be no path, such as a link that leads to itself.
+    """
+    try:
+        return ((start or PROJECT) / Path(path).expanduser()).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RunError(f"{str(path)[:200]!r} is no path that can be followed: {error}") from error
+
+
+def here(path: str | Path) -> Path:
+    """Return a path as one means it on the command line: absolute, relative ones taken from where one is."""
+    return resolve(path, Path.cwd())
 
 
 def from_project(path: str | Path) -> str:
-    """Return a path relative to the project if it lies inside, else absolute: as `resolve` takes it."""
-    path = Path(path).expanduser().resolve()
+    """Return a path, as seen from where one is, relative to the project if it lies inside, else absolute."""
+    path = here(path)
     return (path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path).as_posix()
 
 
@@ -74,6 +89,20 @@ def write_text(path: str | Path, text: str) -> Path:
     return write_bytes(path, text.encode("utf-8"))
 
 
+def harmless(text: Any) -> Any:
+    """Return a text that a spreadsheet would take for a formula (= + - @ at its start) with a ' before it, else as is.
+
+    So a file that is called "=HYPERLINK(...).png" stays a name when a table of scores is opened.
+    """
+    return f"'{text}" if isinstance(text, str) and text[:1] in tuple("=+-@\t\r") else text
+
+
+def write_csv(path: str | Path, table: pandas.DataFrame) -> Path:
+    """Write a table as CSV to `path` whole or not at all, its texts `harmless`."""
+    texts = {name: column.map(harmless) for name, column in table.items() if column.dtype.kind == "O"}
+    return write_text(path, table.assign(**texts).to_csv(index=False))
+
+
 def write_json(path: str | Path, value: Any) -> Path:
     """Write `value` as indented JSON to `path` whole or not at all; NaN and infinities are refused."""
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
@@ -106,16 +135,25 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The content of `metrics.json`. Raises `RunError` if the run is not done."""
+        """The content of `metrics.json`. Raises `RunError` if the run is not done, `DocumentError` if it is broken."""
         if not self.done:
             raise RunError(f"{self.folder} has no metrics.json: the run is not finished. Evaluate it first.")
-        return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        return read_json(self.folder / "metrics.json")
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The content of `parameters.yaml`. Raises `DocumentError` if that is not there or is broken."""
+        path = self.folder / "parameters.yaml"
+        content = read_yaml(path)
+        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+            raise DocumentError(f"{path} takes names, each with its value. Restore it or delete the run.")
+        return content
 
     @property
     def sources(self) -> dict[str, str]:
         """Hashes by name of the files that the run is made from, such as its teacher; {} if none are known."""
         path = self.folder / "sources.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     def check(self, settings: Settings, sources: dict[str, str] | None = None) -> None:
         """Raise `RunError` naming each difference if the folder holds a run of other settings or from other `sources`.
@@ -127,11 +165,11 @@ class Run:
         if not path.is_file():
             return
         new = settings.as_dict()
-        old = dict(settings.BEFORE) | (yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        old = dict(settings.BEFORE) | self.parameters
         changed = {n for n in new.keys() | old.keys() if old.get(n) != new.get(n)} - settings.MAY_CHANGE
         what = [f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in sorted(changed)]
         for name, digest in (sources or {}).items():
-            if (made := self.sources.get(name, "unknown")) != digest:
+            if (made := str(self.sources.get(name, "unknown"))) != digest:
                 what.append(f"{name}: {made[:12]} there, {digest[:12]} now")
         if what:
             raise RunError(
@@ -160,16 +198,45 @@ class Run:
             return None
         import torch
 
+        remedy = "Delete it to start this run anew."
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise RunError(
-                f"{path} cannot be read as a checkpoint ({type(error).__name__}). Delete it to start this run anew."
-            ) from error
+            raise RunError(f"{path} cannot be read as a checkpoint ({type(error).__name__}). {remedy}") from error
+        if not isinstance(state, dict):
+            raise RunError(f"{path} cannot be read as a checkpoint, it holds {type(state).__name__}. {remedy}")
+        return state
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write `metrics.json`: from now on the run counts as done."""
         write_json(self.folder / "metrics.json", metrics)
+
+
+@contextlib.contextmanager
+def readable(run: Run, state: Any) -> Iterator[None]:
+    """Turn what fails while a checkpoint's state is taken over into a `RunError`: it is of another version, or altered.
+
+    A state with NaN or infinite values is refused too: a training never saves one.
+    """
+    fault = "holds NaN or infinite values" if _broken(state) else ""
+    try:
+        if not fault:
+            yield
+    except RunError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        fault = f"is not of this version or was altered ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+    if fault:
+        raise RunError(f"{run.folder}: its checkpoint {fault}. Delete the run's checkpoints to start it anew.")
+
+
+def _broken(value: Any) -> bool:
+    """Whether a tensor anywhere in a state is not finite."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_broken, value))
+    return hasattr(value, "isfinite") and not bool(value.isfinite().all())
 
 
 @contextlib.contextmanager

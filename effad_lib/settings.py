@@ -20,6 +20,10 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 """Names of torch's types in which networks may be trained."""
 
 
+SEEDS = range(2**63)
+"""Seeds that every generator of random numbers takes."""
+
+
 class SettingsError(ValueError):
     """A setting with an unknown name, a wrong type or an impossible value."""
 

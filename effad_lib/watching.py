@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from effad_lib.detection import Wanted, decision, detect_one, inside, write_table
+from effad_lib.cards import is_number
+from effad_lib.detection import COLUMNS, Wanted, decision, detect_one, inside, write_table
+from effad_lib.documents import DocumentError, read_json
 from effad_lib.engines import Inspector
 from effad_lib.reading import ImageError, images_below
 from effad_lib.runs import finish_step_on_interrupt, write_json
@@ -85,12 +87,26 @@ def watch(
 
 
 def collect(out: str | Path) -> None:
-    """Write `scores.csv` from all results of a watched folder."""
+    """Write `scores.csv` from all results of a watched folder; a warning names those that are broken, without a row."""
     rows = []
     for path in sorted((Path(out) / "results").rglob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        rows.append(tuple(result[name] for name in ("file", "score", "threshold", "decision", "marked", "error")))
+        if (result := _result(path)) is None:
+            warnings.warn(f"{path}: no result of this program, left out of scores.csv. Delete it.", stacklevel=2)
+        else:
+            rows.append(tuple(result[name] for name in COLUMNS))
     write_table(rows, Path(out))
+
+
+def _result(path: Path) -> dict | None:
+    """Return a result as it was written; None for a file that somebody or a broken disk has altered."""
+    try:
+        result = read_json(path)
+    except DocumentError:
+        return None
+    kinds = {"file": str, "decision": str, "error": str, "size": int, "changed": int}
+    numbers = [result.get(name, "") for name in ("score", "threshold", "marked")]
+    sound = all(type(result.get(name)) is kind for name, kind in kinds.items())
+    return result if sound and all(value is None or is_number(value) for value in numbers) else None
 
 
 def _versions(images: Path, out: Path) -> Iterator[tuple[Path, Version]]:
@@ -110,12 +126,10 @@ def _place(out: Path, name: Path) -> Path:
 
 
 def _stored(out: Path, name: Path) -> Version | None:
-    """Return the version of a file that an earlier call has judged."""
+    """Return the version of a file that an earlier call has judged; None if its result is not there or is broken."""
     path = _place(out, name)
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return Version(result["size"], result["changed"])
+    result = _result(path) if path.is_file() else None
+    return result and Version(result["size"], result["changed"])
 
 
 def _judge(detector: Inspector, images: Path, name: Path, out: Path, wanted: Wanted, last: bool) -> dict | None:

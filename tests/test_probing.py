@@ -133,7 +133,7 @@ def test_maps_have_their_peak_where_the_cell_is_centred(size):
 
 def test_a_teacher_that_changed_meanwhile_or_has_another_backbone_is_not_recorded(tmp_path):
     path = tmp_path / "teacher.safetensors"
-    card = {"network": "PDN-XS", "sha256": "a", "settings": {"backbone": "resnet18"}}
+    card = {"size": "XS", "channels": 8, "sha256": "a", "settings": {"backbone": "resnet18"}}
     path.with_suffix(".json").write_text(json.dumps(card))
     with pytest.raises(SettingsError, match="imitates resnet18, not efficientnet_lite2"):
         read_cards([path], "efficientnet_lite2")

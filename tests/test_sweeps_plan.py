@@ -7,7 +7,7 @@ import pytest
 
 from effad_lib import batch, sweeps
 from effad_lib.datasets import DatasetError
-from effad_lib.profiles import NOTEBOOKS, ProfileError, read_yaml
+from effad_lib.profiles import NOTEBOOKS, ProfileError
 from effad_lib.runs import RunError, write_json
 from effad_lib.settings import SettingsError
 from effad_lib.sweeps import SweepSettings, load_sweep
@@ -153,25 +153,6 @@ def test_a_faulty_file_is_refused_and_names_the_fault(written, tmp_path, text, s
     assert str(error.value).count("mine.yaml") == 1
     assert not (tmp_path / "runs").exists()
     assert MOST_RUNS < 2500
-
-
-def test_a_few_lines_of_aliases_cannot_stand_for_billions(tmp_path):
-    lines = ["a0: &a0 [1, 2]"] + [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 12)]
-    path = tmp_path / "bomb.yaml"
-    path.write_text("\n".join(lines))
-    with pytest.raises(ProfileError, match=r"bomb.yaml stands for more than 100,000 values"):
-        read_yaml(path)
-    path.write_text("a: &a [1, *a]")
-    with pytest.raises(ProfileError, match="line 1: an alias stands for what it is part of"):
-        read_yaml(path)
-    path.write_text("[" * 5000)
-    with pytest.raises(ProfileError, match=r"bomb.yaml is not YAML"):
-        read_yaml(path)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ProfileError, match=r"bomb.yaml is not YAML"):
-        read_yaml(path)
-    path.write_text("base: &base {x: 1, y: 2}\nother: {<<: *base, y: 3}")
-    assert read_yaml(path)["other"] == {"x": 1, "y": 3}
 
 
 def test_a_sweep_is_found_by_its_name_or_by_its_path(written, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from effad_lib.cli.options import Option, add_options, given, settings_options
 
@@ -40,13 +39,16 @@ def damage_options(parser: argparse.ArgumentParser) -> None:
 
 def damage(options: argparse.Namespace) -> int:
     """Put defects with exact masks on good photographs of one's own."""
-    _synthesize(options, photographs=str(Path(options.photographs).expanduser().resolve()))
+    from effad_lib.runs import here
+
+    _synthesize(options, photographs=str(here(options.photographs)))
     return 0
 
 
 def _synthesize(options: argparse.Namespace, **source: str) -> None:
+    from effad_lib.runs import here
     from effad_lib.synthesis import SynthesisSettings, synthesize
 
-    folder = str(Path(options.folder).expanduser().resolve())
+    folder = str(here(options.folder))
     values = source | {"data_root": folder} | given(options, _synthesis_options())
     print(synthesize(SynthesisSettings.from_mapping(values)))

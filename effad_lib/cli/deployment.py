@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from effad_lib.cli.options import add_options, given, settings_options
+from effad_lib.cli.options import add_data_files, add_options, allow_data_files, given, settings_options
 
 
 def export_options(parser: argparse.ArgumentParser) -> None:
@@ -19,16 +18,19 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="FILE", help="(default: export/model_PRECISION.onnx or .xml beside the model)")
     parser.add_argument("--force", action="store_true", help="keep an export that differs by more than is allowed")
+    add_data_files(parser)
 
 
 def export(options: argparse.Namespace) -> int:
     """Write a model as one ONNX or OpenVINO file that needs no torch, compared with the model before it is kept."""
     from effad_lib.export import ExportSettings
     from effad_lib.export import export as work
+    from effad_lib.runs import here
 
+    allow_data_files(options)
     settings = ExportSettings.from_mapping(given(options, settings_options(ExportSettings)))
-    normals, out = (value and Path(value).expanduser() for value in (options.normals, options.out))
-    path, found = work(Path(options.run).expanduser(), settings, normals=normals, out=out, force=options.force)
+    normals, out = (value and here(value) for value in (options.normals, options.out))
+    path, found = work(here(options.run), settings, normals=normals, out=out, force=options.force)
     print(found.as_text())
     print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)" if path.suffix == ".onnx" else path)
     print(f"To use it: effad detect {path} IMAGE_OR_FOLDER")

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from effad_lib.cli.options import Option, add_options, given, settings_options
+from effad_lib.cli.options import Option, add_data_files, add_options, allow_data_files, given, settings_options
 
 
 def train_options(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +48,7 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
         help="also write the maps as MVTec's evaluation code reads them: into FOLDER/CATEGORY/test, "
         "with several runs into FOLDER/RUN/CATEGORY/test",
     )
+    add_data_files(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
 
 
@@ -55,8 +56,10 @@ def evaluate(options: argparse.Namespace) -> int:
     """Measure trained runs on their test images; writes metrics.json, scores.csv, maps and report.html into each."""
     os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, no window is opened
     from effad_lib import batch, evaluation, reports
+    from effad_lib.runs import here
 
-    folders = [Path(run).expanduser().resolve() for run in options.runs]
+    allow_data_files(options)
+    folders = [here(run) for run in options.runs]
     splits = [evaluation.data_to_test(folder) for folder in folders]  # all, before the first is evaluated
     targets = _tiff_folders(options.save_tiffs, folders, splits)
     for folder, split, target in zip(folders, splits, targets, strict=True):
@@ -80,13 +83,14 @@ def evaluate(options: argparse.Namespace) -> int:
 def _tiff_folders(root: str | None, runs: list[Path], splits: list[Any]) -> list[Path | None]:
     """Return where the maps of each run go; raises `EvaluationError` if two maps would be written to the same file."""
     from effad_lib import evaluation
+    from effad_lib.runs import here
 
     if root is None:
         return [None] * len(runs)
     targets: dict[Path, Path] = {}
     for run, split in zip(runs, splits, strict=True):
         evaluation.tiff_places(split.test)
-        above = Path(root).expanduser() / (run.name if len(runs) > 1 else "")
+        above = here(root) / (run.name if len(runs) > 1 else "")
         target = above / split.name.rpartition("/")[2]
         if target in targets:
             raise evaluation.EvaluationError(
@@ -126,8 +130,9 @@ def detect(options: argparse.Namespace) -> int:
     os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, no window is opened
     from effad_lib import detection
     from effad_lib.reading import ImageError
+    from effad_lib.runs import here
 
-    detector = detection.open_model(Path(options.model).expanduser(), options.device)
+    detector = detection.open_model(here(options.model), options.device)
     wanted = {name: getattr(options, name) for name in ("save_maps", "save_masks", "tile_overlap")}
     if options.watch:
         from effad_lib import watching
@@ -172,16 +177,16 @@ def threshold(options: argparse.Namespace) -> int:
     from effad_lib import calibration
     from effad_lib.detector import EfficientAD
     from effad_lib.images import find_images, load_images
-    from effad_lib.runs import Run
+    from effad_lib.runs import Run, here
     from effad_lib.settings import pick_device
     from effad_lib.training import TrainingSettings
 
-    path = Path(options.model).expanduser()
+    path = here(options.model)
     settings = TrainingSettings.from_mapping(given(options, _decision_options()))
     rate, confidence = settings.false_alarm_rate, settings.confidence
     detector = EfficientAD.load(path, pick_device(options.device))
     if options.normals:
-        folder = Path(options.normals).expanduser().resolve()
+        folder = here(options.normals)
         files = find_images(folder)
         calibration.rank(len(files), rate, confidence)  # refused before any image is read
         images = load_images(files, detector.image_size, levels=detector.levels, description="reading normal images")
@@ -195,7 +200,7 @@ def threshold(options: argparse.Namespace) -> int:
     print(f"false alarms     a share of {above:.3g} expected{kept}")
     print(f"image threshold  {detector.threshold:.4g}")
     print(f"pixel threshold  {detector.pixel_threshold:.4g}")
-    saved = detector.save(Path(options.out).expanduser() if options.out else path)
+    saved = detector.save(here(options.out) if options.out else path)
     print(saved)
     run = Run(saved.resolve().parent)
     if run.done and run.model == saved.resolve():
@@ -207,12 +212,15 @@ def gallery_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad gallery`."""
     parser.add_argument("run", metavar="RUN", help="the folder of an evaluated run")
     parser.add_argument("--out", metavar="FOLDER", help="where to write it (default: RUN/gallery)")
+    add_data_files(parser)
 
 
 def gallery(options: argparse.Namespace) -> int:
     """Write all test images of a run with their heatmaps as one page, for people without Jupyter."""
     from effad_lib import viewer
+    from effad_lib.runs import here
 
-    run = Path(options.run).expanduser().resolve()
-    print(viewer.write_gallery(viewer.of_run(run), Path(options.out).expanduser() if options.out else run / "gallery"))
+    allow_data_files(options)
+    run = here(options.run)
+    print(viewer.write_gallery(viewer.of_run(run), here(options.out) if options.out else run / "gallery"))
     return 0

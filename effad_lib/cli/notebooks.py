@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
-from effad_lib.cli.options import add_options, as_path, given, settings_options
+from effad_lib.cli.options import add_data_files, add_options, allow_data_files, as_path, given, settings_options
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:
@@ -14,13 +13,16 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="quick", help="a file of notebooks/profiles (default: quick)")
     parser.add_argument("--force", action="store_true", help="delete the profile's run folders and do all steps anew")
     parser.add_argument("--runs", help="folder of all runs (default: runs, in the project's folder)")
+    add_data_files(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Execute the notebooks of a profile and print the table of results."""
     from effad_lib.batch import run_profile
+    from effad_lib.runs import here
 
-    runs = Path(options.runs).expanduser().resolve() if options.runs else "runs"
+    allow_data_files(options)
+    runs = here(options.runs) if options.runs else "runs"
     run_profile(options.profile, runs=runs, force=options.force)
     return 0
 
@@ -31,6 +33,7 @@ def sweep_options(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("file", metavar="FILE", help="a YAML file, or the name of one of notebooks/sweeps")
     add_options(parser, [option for option in settings_options(SweepSettings) if option.name != "sweep"])
+    add_data_files(parser)
 
 
 def sweep(options: argparse.Namespace) -> int:
@@ -38,6 +41,7 @@ def sweep(options: argparse.Namespace) -> int:
     os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, no window is opened
     from effad_lib import sweeps
 
+    allow_data_files(options)
     name = as_path(options.file) if options.file.endswith((".yaml", ".yml")) else options.file
     settings = sweeps.SweepSettings.from_mapping(
         {"sweep": name} | given(options, settings_options(sweeps.SweepSettings))

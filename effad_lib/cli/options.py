@@ -59,6 +59,26 @@ def settings_options(settings: type) -> list[Option]:
     ]
 
 
+def add_data_files(parser: argparse.ArgumentParser) -> None:
+    """Add `--data-file`: what `allow_data_files` allows."""
+    parser.add_argument(
+        "--data-file",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="a Python file of a data set of your own that may be executed, as what is stored in files is not unasked",
+    )
+
+
+def allow_data_files(options: argparse.Namespace) -> None:
+    """Take the files that were given as `--data-file` for named by the user."""
+    from effad_lib.consent import allow
+    from effad_lib.runs import here
+
+    for file in options.data_file:
+        allow(here(file))
+
+
 def given(options: argparse.Namespace, known: Iterable[Option]) -> dict[str, Any]:
     """Return the values given on the command line, paths as seen from the project."""
     values = {option.name: getattr(options, option.name) for option in known if hasattr(options, option.name)}

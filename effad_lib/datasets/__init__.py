@@ -27,7 +27,7 @@ from effad_lib.datasets.split import (
 from effad_lib.images import ALL_LEVELS, ImageError, read_image, read_regions
 from effad_lib.progress import progress
 from effad_lib.runs import resolve
-from effad_lib.settings import nearest
+from effad_lib.settings import SEEDS, nearest
 
 __all__ = [
     "MVTEC_AD",
@@ -62,7 +62,8 @@ def load_dataset(
     - "folder": `root` is any folder of good images, see `load_folder`.
     - "elpv": solar cells from the PyPI package `elpv-dataset`; `category` is "mono" (default), "poly" or "all".
     - "synthetic": `category` is a product (default "board"); rendered into `root` (default `data/synthetic`) if absent.
-    - the name of a function of your own, see `register`; "path/to/file.py:name" finds it in that file.
+    - the name of a function of your own, see `register`; "path/to/file.py:name" executes that file to find it. Whoever
+      calls this has named the file; of strings that come out of a file ask `consent.check_named` first.
 
     `validation_share` of the good training images, at least three, is drawn by `seed` and held out for
     calibration, unless there is a folder `validation/good` (MVTec AD 2, MVTec LOCO); test images never are.
@@ -75,8 +76,8 @@ def load_dataset(
         raise DatasetError(f"unknown data set {dataset!r}: {nearest(dataset, LOADERS)}")
     if not 0 < validation_share < 1:
         raise DatasetError(f"validation_share = {validation_share!r}: takes a share above 0 and below 1.")
-    if seed < 0:
-        raise DatasetError(f"seed = {seed!r}: takes a whole number from 0.")
+    if seed not in SEEDS:
+        raise DatasetError(f"seed = {seed!r}: takes a whole number from 0 to below 2^63.")
     split = LOADERS[dataset](resolve(root) if str(root) else None, category, seed, validation_share)
     _check(split, dataset)
     return split

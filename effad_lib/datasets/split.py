@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from effad_lib.consent import allow
 from effad_lib.runs import resolve
 
 FEWEST_VALIDATION = 3
@@ -140,6 +141,7 @@ def provided(dataset: str) -> str:
     """
     file, _, name = dataset.rpartition(":")
     path = resolve(file)
+    allow(path)
     if not path.is_file():
         raise DatasetError(f"data set {dataset!r}: there is no file {path}. Name one that registers {name!r}.")
     module = f"effad_data_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"

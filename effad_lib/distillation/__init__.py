@@ -3,7 +3,7 @@
 from effad_lib.distillation.loop import distil, learning_rate_factor
 from effad_lib.distillation.settings import RECIPES, DistillationSettings, recipe
 from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation, prefetched
-from effad_lib.distillation.teachers import TEACHERS, load_teacher, save_teacher, teacher_files
+from effad_lib.distillation.teachers import TEACHERS, load_teacher, read_teacher_card, save_teacher, teacher_files
 
 __all__ = [
     "RECIPES",
@@ -16,6 +16,7 @@ __all__ = [
     "learning_rate_factor",
     "load_teacher",
     "prefetched",
+    "read_teacher_card",
     "recipe",
     "save_teacher",
     "teacher_files",

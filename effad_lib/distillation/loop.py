@@ -25,7 +25,7 @@ from effad_lib.images import NaturalImages
 from effad_lib.memory import kept_memory
 from effad_lib.networks import PDN
 from effad_lib.progress import progress
-from effad_lib.runs import Run, RunError, finish_step_on_interrupt, resolve
+from effad_lib.runs import Run, RunError, finish_step_on_interrupt, readable, resolve
 from effad_lib.settings import SettingsError, pick_device
 
 LOG_EVERY = 10
@@ -113,12 +113,14 @@ class Distiller:
         if state is None:
             self._prepare()
         else:
-            self.pdn.load_state_dict(state["pdn"])
-            self.mean, self.std = state["mean"].to(device), state["std"].to(device)
+            with readable(run, state):
+                self.pdn.load_state_dict(state["pdn"])
+                self.mean, self.std = state["mean"].to(device), state["std"].to(device)
         self.network = processes.wrap(self.pdn)
         self.optimisers = optimisers(self.pdn, settings)
         if state is not None:
-            self._restore(state)
+            with readable(run, state):
+                self._restore(state)
 
     def _prepare(self) -> None:
         """Take the statistics of the backbone's channels and, where wanted, fit the PDN's last layer."""

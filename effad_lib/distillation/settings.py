@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from effad_lib.backbones import check_backbone
 from effad_lib.images import check_size
 from effad_lib.networks import check_network
-from effad_lib.settings import PRECISIONS, Settings, SettingsError, nearest, pick_device
+from effad_lib.settings import PRECISIONS, SEEDS, Settings, SettingsError, nearest, pick_device
 
 OPTIMISERS = ("adam", "muon")
 """Adam is the paper's."""
+
+MOST_CHANNELS = 4096
+"""Twice as many as the widest backbone has."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -71,13 +75,15 @@ class DistillationSettings(Settings):
         check_network(self.size)
         check_backbone(self.backbone)
         check_size(self.image_size)
-        self.require(self.channels >= 1, "channels", "a positive number of channels")
+        self.require(
+            1 <= self.channels <= MOST_CHANNELS, "channels", f"a number of channels from 1 to {MOST_CHANNELS:,}"
+        )
         self.require(self.steps >= 1, "steps", "a positive number of steps")
         self.require(self.batch_size >= 1, "batch_size", "a positive number of images")
         self.require(self.statistics_images >= 2, "statistics_images", "at least 2 images")
         self.require(self.held_out >= 0, "held_out", "zero or more photographs")
         self.require(self.fit_views >= 1, "fit_views", "a positive number of views")
-        self.require(self.ridge > 0, "ridge", "a number above 0")
+        self.require(0 < self.ridge < math.inf, "ridge", "a number above 0")
         self.require(0 < self.learning_rate < 1, "learning_rate", "a number between 0 and 1")
         self.require(self.schedule in ("constant", "cosine"), "schedule", "'constant' or 'cosine'")
         self.require(
@@ -93,7 +99,9 @@ class DistillationSettings(Settings):
         sound = not crop or (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1)
         self.require(sound, "crop_scale", "[] or two shares of the area, 0 < low <= high <= 1")
         self.require(all(side % 4 == 0 for side in self.image_size), "image_size", "sides that are multiples of 4")
+        self.require(self.checkpoint_seconds >= 0, "checkpoint_seconds", "zero or more seconds")
         self.require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+        self.require(self.seed in SEEDS, "seed", "a whole number from 0 to below 2^63")
         pick_device(self.device)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from importlib import metadata
@@ -16,7 +15,8 @@ from torch import Tensor
 from effad_lib import __version__
 from effad_lib.backbones import file_sha256, read_weights
 from effad_lib.distillation.settings import DistillationSettings
-from effad_lib.networks import PDN, PDN_LAYERS, Conv
+from effad_lib.documents import read_json
+from effad_lib.networks import PDN, PDN_LAYERS, Conv, check_network
 from effad_lib.runs import PROJECT, Run, resolve, write_bytes, write_json
 from effad_lib.settings import SettingsError
 
@@ -83,7 +83,7 @@ def load_teacher(source: str | Path, *, padding: bool = False) -> tuple[PDN, dic
         )
     digest = file_sha256(path)
     if card_path.is_file():
-        card = json.loads(card_path.read_text(encoding="utf-8"))
+        card = read_teacher_card(card_path)
         if digest != card["sha256"]:
             raise SettingsError(
                 f"teacher {path}: its SHA-256 is {digest}, the card says {card['sha256']}. Fetch it again."
@@ -92,13 +92,29 @@ def load_teacher(source: str | Path, *, padding: bool = False) -> tuple[PDN, dic
     else:
         weights, card = _in_our_names(read_weights(path), path)
         card |= {"sha256": digest}
+    if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise SettingsError(f"teacher {path}: {broken[0]} holds NaN or infinite values. Distil or fetch it again.")
+    if (channels := len(weights.get("head.bias", ()))) != card["channels"]:  # before so many are made
+        raise SettingsError(f"teacher {path}: its card has {card['channels']} channels, its weights {channels}.")
     pdn = PDN(card["size"], card["channels"], padding)
     for name, value in pdn.state_dict().items():
         if name not in weights or weights[name].shape != value.shape:
             got = tuple(weights[name].shape) if name in weights else "nothing"
             raise SettingsError(f"teacher {path}: layer {name} needs shape {tuple(value.shape)}, the file has {got}.")
+    if more := sorted(weights.keys() - pdn.state_dict().keys()):
+        raise SettingsError(f"teacher {path}: {more[0]} is no layer of PDN-{card['size']}. Fetch it again.")
     pdn.load_state_dict(weights)
     return pdn.eval().requires_grad_(False), card
+
+
+def read_teacher_card(path: Path) -> dict[str, Any]:
+    """Return a teacher's card. Raises `DocumentError` or `SettingsError` for one that does not say what it has to."""
+    card = read_json(path)
+    for name, kind in (("size", str), ("channels", int), ("sha256", str)):
+        if type(card.get(name)) is not kind:
+            raise SettingsError(f"{path}: {name} = {card.get(name)!r}, it takes {kind.__name__}. Restore the card.")
+    check_network(card["size"])
+    return card
 
 
 def _in_our_names(weights: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from effad_lib.consent import check_named
 from effad_lib.datasets import Split, load_dataset, verify_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.evaluation.baselines import blind_scores, brightness_scores, unnormalised_scores
@@ -58,14 +57,32 @@ class EvaluationSettings(Settings):
         pick_device(self.device)
 
 
+@dataclass(frozen=True)
+class _Data(Settings):
+    """What `parameters.yaml` of a training says of its data."""
+
+    dataset: str = ""
+    data_root: str = ""
+    category: str = ""
+    seed: int = 0
+    validation_share: float = 0.0
+
+
 def data_of(run: Run) -> Split:
-    """Find the data set of a finished training again, by the run's `parameters.yaml`; `RunError` if there is none."""
+    """Find the data set of a finished training again, by the run's `parameters.yaml`; `RunError` if there is none.
+
+    Raises `DocumentError` or `SettingsError` for a file that is broken, and `ConsentError` for a data set that is code
+    which the user has not named: a run may come from anybody.
+    """
     parameters = run.folder / "parameters.yaml"
     if not parameters.is_file() or not run.model.is_file():
         raise RunError(f"{run.folder} is not the folder of a finished training. Train one with `effad train`.")
-    made = yaml.safe_load(parameters.read_text(encoding="utf-8"))
-    names = ("category", "seed", "validation_share")
-    return load_dataset(made["dataset"], root=made["data_root"], **{name: made[name] for name in names})
+    made, names = run.parameters, list(_Data().as_dict())
+    if missing := [name for name in names if name not in made]:
+        raise RunError(f"{parameters} has no {missing[0]}: it is not that of a training. Restore it or train anew.")
+    told = _Data(**{name: made[name] for name in names}).as_dict()
+    check_named(told["dataset"])
+    return load_dataset(told.pop("dataset"), root=told.pop("data_root"), **told)
 
 
 def data_to_test(run_folder: str | Path) -> Split:

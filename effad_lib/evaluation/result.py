@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
+from zipfile import ZIP_STORED
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from effad_lib import metrics
 from effad_lib.datasets import DatasetError, Sample, Saturation
 from effad_lib.detector import AnomalyMaps
 from effad_lib.images import Levels, Size, read_mask, read_regions
-from effad_lib.runs import from_project, write_bytes, write_text
+from effad_lib.runs import from_project, write_bytes, write_csv
 
 MAP_NAMES = ("combined", "student_teacher", "student_autoencoder")
 
@@ -270,7 +271,7 @@ class Evaluation:
             write_bytes(_map_file(folder, index), self._packed_maps(index))
         for stale in set((folder / "maps").glob("*.npz")) - {_map_file(folder, i) for i in range(len(self.samples))}:
             stale.unlink()
-        write_text(folder / "scores.csv", self.table().to_csv(index=False))
+        write_csv(folder / "scores.csv", self.table())
 
     def table(self) -> pd.DataFrame:
         """Return a row for each image, as `save` writes it.
@@ -338,9 +339,19 @@ def worst_mistakes(
 
 
 def load_maps(folder: str | Path, index: int) -> AnomalyMaps:
-    """Return the maps that `Evaluation.save` wrote for row `index` of `scores.csv`, each float32 [H, W]."""
-    with np.load(_map_file(Path(folder), index), allow_pickle=False) as stored:
-        return AnomalyMaps(**{name: stored[name].astype(np.float32) for name in MAP_NAMES})
+    """Return the maps that `Evaluation.save` wrote for row `index` of `scores.csv`, each float32 [H, W].
+
+    Raises `EvaluationError` for maps that are not finite [H, W], and for an archive that is compressed, as ours are
+    not: a small one could fill the memory.
+    """
+    path = _map_file(Path(folder), index)
+    with np.load(path, allow_pickle=False) as stored:
+        if any(entry.compress_type != ZIP_STORED for entry in stored.zip.infolist()):
+            raise EvaluationError(f"{path} is compressed, which this program does not do.")
+        maps = AnomalyMaps(**{name: stored[name].astype(np.float32) for name in MAP_NAMES})
+    if any(values.ndim != 2 or not values.size or not np.isfinite(values).all() for values in maps):
+        raise EvaluationError(f"{path} holds what is no map.")
+    return maps
 
 
 class _OnRequest(Sequence):

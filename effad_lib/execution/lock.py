@@ -80,7 +80,9 @@ class Lock:
         """Who holds the lock, or held it last."""
         with contextlib.suppress(OSError):
             for line in reversed(self.path.read_text(encoding="utf-8", errors="replace").splitlines()):
-                with contextlib.suppress(ValueError, TypeError):  # a line that something else wrote into a log
+                with contextlib.suppress(
+                    ValueError, TypeError, RecursionError
+                ):  # a line that something else wrote into a log
                     return Owner(**json.loads(line))
         return None
 

@@ -45,9 +45,10 @@ def executed_record(output: Path) -> dict[str, Any] | None:
     """Return the record of an executed notebook; None if it is not there or was not executed to its end."""
     try:
         executed = json.loads(output.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return executed.get("metadata", {}).get("effad") if isinstance(executed, dict) else None
+    metadata = executed.get("metadata") if isinstance(executed, dict) else None
+    return metadata.get("effad") if isinstance(metadata, dict) else None
 
 
 def source_hash(notebook: Path) -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from effad_lib import __version__
+from effad_lib.consent import NAMED
+from effad_lib.documents import DocumentError, read_json
 from effad_lib.execution.lock import STALE, Lock, LockError
 from effad_lib.execution.notebooks import Task, execute, source_hash
 from effad_lib.runs import PROJECT, Run, RunError, from_project, resolve, write_json
@@ -40,6 +42,7 @@ def order(name: str, tasks: Sequence[Task], identity: Mapping[str, Any]) -> dict
         "folder": from_project(tasks[0].folder),
         "tasks": [[from_project(task.source), task.parameters, task.record, task.steps] for task in tasks],
         "identity": dict(identity),
+        "data_files": os.environ.get(NAMED, ""),
     }
 
 
@@ -124,9 +127,10 @@ def mark_failed(folder: Path, notebook: str, message: str, *, cell: int | None =
 
 def failure(folder: Path) -> dict[str, Any] | None:
     """Return what `failed.json` of a run says, None if it has not failed."""
+    unknown = {"notebook": "", "cell": None, "error": "", "message": "", "at": ""}
     try:
-        return json.loads((folder / FAILED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return unknown | read_json(folder / FAILED)
+    except DocumentError:
         return None
 
 
@@ -138,6 +142,7 @@ def main(told: Mapping[str, Any]) -> int:
     # Started by a sweep in the background of a shell, it would be deaf to the signal that stops it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_follow_parent, daemon=True).start()
+    os.environ[NAMED] = told["data_files"]
     folder = resolve(told["folder"])
     lock = Lock(folder / LOG, descriptor=sys.stdout.fileno())
     try:

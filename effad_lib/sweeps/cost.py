@@ -41,7 +41,7 @@ class Spent:
             if told.get("start_time") and told.get("end_time"):
                 times.append(tuple(datetime.fromisoformat(told[n]).timestamp() for n in ("start_time", "end_time")))
         made = provenance_of(run.folder)
-        return cls(seconds, made[-1]["device"] if made else "unknown device", tuple(times))
+        return cls(seconds, str(made[-1].get("device")) if made else "unknown device", tuple(times))
 
 
 def at_a_time(spent: Sequence[Spent]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from typing import Any
 
 from effad_lib import __version__
 from effad_lib.datasets import load_dataset
+from effad_lib.documents import DocumentError, read_json, read_yaml
 from effad_lib.execution import process
 from effad_lib.profiles import (
     FOLDER,
@@ -26,7 +26,6 @@ from effad_lib.profiles import (
     check_sources,
     make_step,
     notebook_parameters,
-    read_yaml,
 )
 from effad_lib.published import PUBLISHED_DATA
 from effad_lib.runs import Run, RunError, resolve
@@ -78,15 +77,18 @@ class SweepRun:
 
         Parameters that do not change the result may differ, as in `Settings.MAY_CHANGE`.
         """
-        try:
-            made = json.loads((self.folder / process.ORDER).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        path = self.folder / process.ORDER
+        if not path.is_file():
             return
-        if made["effad"] != __version__:
-            raise RunError(f"{self.folder} holds a run of effad {made['effad']}, this is {__version__}.")
+        made = read_json(path)
+        if made.get("effad") != __version__:
+            raise RunError(f"{self.folder} holds a run of effad {made.get('effad')}, this is {__version__}.")
+        told = made.get("parameters")
+        if not isinstance(told, dict) or not all(isinstance(values, dict) for values in told.values()):
+            raise RunError(f"{path} does not tell the parameters of each notebook. Restore it or delete the run.")
         for step in self.steps:
             step.check()
-            old, new = made["parameters"].get(step.source.stem, {}), step.parameters
+            old, new = told.get(step.source.stem, {}), step.parameters
             changed = {n for n in old.keys() | new.keys() if old.get(n) != new.get(n)} - _may_change(step)
             if changed:
                 what = "; ".join(f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in sorted(changed))
@@ -182,8 +184,8 @@ def load_sweep(sweep: str, *, runs: str | Path = "runs/sweeps", notebooks: str |
             except ValueError as error:
                 raise ProfileError(f"run {name}: {error}") from error
             planned[name] = SweepRun(name, tuple(steps), varied)
-    except ProfileError as error:
-        raise error if path.name in str(error) else ProfileError(f"{path.name}: {error}") from error
+    except (ProfileError, DocumentError) as error:
+        raise ProfileError(str(error) if path.name in str(error) else f"{path.name}: {error}") from error
     return Sweep(path, folder, tuple(notebooks / f"{name}.ipynb" for name in names), tuple(planned.values()))
 
 

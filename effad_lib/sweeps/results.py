@@ -13,7 +13,7 @@ import pandas as pd
 from effad_lib.provenance import provenance_of
 from effad_lib.published import published
 from effad_lib.reports import COMPARED, across
-from effad_lib.runs import Run, write_text
+from effad_lib.runs import Run, write_csv
 from effad_lib.sweeps.cost import Spent
 from effad_lib.sweeps.plan import Sweep, SweepRun
 from effad_lib.sweeps.state import progress_of
@@ -48,7 +48,7 @@ def summary_row(sweep: Sweep, run: SweepRun, state: str) -> dict[str, Any]:
 def write_summary(sweep: Sweep, rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """Write `summary.csv` into the folder of a sweep, whole or not at all, and return it as a table."""
     table = pd.DataFrame(list(rows))
-    write_text(sweep.folder / "summary.csv", table.to_csv(index=False))
+    write_csv(sweep.folder / "summary.csv", table)
     return table
 
 

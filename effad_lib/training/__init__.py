@@ -51,10 +51,10 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
     run.start(settings, {"teacher": teacher_card["sha256"]})
     if run.model.is_file():
         return EfficientAD.load(run.model, device)
+    natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
     verify_masks(split)
     made_from = {"data": split.fingerprint, "teacher": teacher_card["sha256"]}
     note_provenance(run.folder, device, seed=settings.seed, **made_from)
-    natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
     size, levels = tuple(settings.image_size), check_levels(settings.levels)
     torch.manual_seed(settings.seed)
     detector = EfficientAD(settings.size, teacher.out_channels, settings.padding, size)

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from effad_lib.images import check_levels, check_size
 from effad_lib.networks import check_network
-from effad_lib.settings import PRECISIONS, Settings, pick_device
+from effad_lib.settings import PRECISIONS, SEEDS, Settings, pick_device
 
 PACKAGED_CROPS = (0.05, 0.5)
 """Random crops of the photographs inside installed packages: fourteen fixed views would soon be known by heart."""
@@ -77,9 +77,11 @@ class TrainingSettings(Settings):
         self.require(0 <= self.false_alarm_rate < 1, "false_alarm_rate", "a share from 0 to below 1")
         self.require(0 < self.confidence < 1, "confidence", "a probability between 0 and 1")
         self.require(self.ablation_steps >= 0, "ablation_steps", "zero or a number of steps")
+        self.require(self.cache_gb >= 0, "cache_gb", "zero or more gigabytes")
         self.require(self.patience >= 0, "patience", "zero or a number of validations")
         self.require(self.checkpoint in ("last", "best"), "checkpoint", "'last' or 'best'")
         self.require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+        self.require(self.seed in SEEDS, "seed", "a whole number from 0 to below 2^63")
         modes = ("", "default", "reduce-overhead", "max-autotune")
         self.require(self.compiled in modes, "compiled", "'' or a mode: 'default', 'reduce-overhead' or 'max-autotune'")
         pick_device(self.device)

@@ -19,7 +19,7 @@ from effad_lib.images import NaturalImages, change_colour, draw_colours, to_floa
 from effad_lib.memory import kept_memory
 from effad_lib.networks import initialise
 from effad_lib.progress import progress
-from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
+from effad_lib.runs import Run, RunError, finish_step_on_interrupt, readable, write_text
 from effad_lib.settings import cores
 from effad_lib.training.settings import TrainingSettings
 from effad_lib.training.step import Draw, Losses, step_factor, training_losses
@@ -70,7 +70,8 @@ class Trainer:
             fused=self.device.type != "mps",
         )
         if state is not None:
-            self._restore(state)
+            with readable(run, state):
+                self._restore(state)
         self.teacher_cache = self._teacher_cache()
 
     @torch.inference_mode()
@@ -127,7 +128,9 @@ class Trainer:
                 if interrupted():
                     raise KeyboardInterrupt(f"stopped after step {self.step}; started again, the run continues there")
         if settings.checkpoint == "best":
-            self._load_networks(self.run.load_checkpoint("best"))
+            best = self.run.load_checkpoint("best")
+            with readable(self.run, best):
+                self._load_networks(best)
 
     @property
     def patience_is_over(self) -> bool:

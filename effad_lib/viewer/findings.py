@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -20,9 +19,9 @@ from effad_lib.datasets import Sample
 from effad_lib.detection import pair_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.evaluation import MAP_NAMES, data_of, load_maps
-from effad_lib.images import ALL_LEVELS, UNREADABLE, ImageError, find_images, read_image, read_mask
+from effad_lib.images import ALL_LEVELS, ImageError, find_images, read_image, read_mask
 from effad_lib.progress import progress
-from effad_lib.runs import Run, RunError, from_project
+from effad_lib.runs import Run, RunError, from_project, harmless
 from effad_lib.settings import pick_device
 
 UNKNOWN = -1
@@ -173,18 +172,24 @@ def of_run(folder: str | Path, device: str = "auto") -> Findings:
     table, remedy = run.folder / "scores.csv", f"Measure it: effad evaluate {from_project(run.folder)}"
     if not run.done or not table.is_file():
         raise RunError(f"{run.folder} holds no finished evaluation. {remedy}")
-    found = pd.read_csv(table, dtype={"file": str, "defect": str}, na_filter=False)
+    try:
+        found = pd.read_csv(table, dtype={"file": str, "defect": str}, na_filter=False)
+    except ValueError as error:  # pandas' own errors and those of the encoding are such
+        raise RunError(f"{table} cannot be read ({error}). {remedy}") from error
     if not {"file", "score", *MAP_NAMES[1:]} <= set(found.columns):
         raise RunError(f"{table}: columns {', '.join(found.columns)}, written by another version. {remedy}")
+    numbers = found[["score", *MAP_NAMES[1:]]]
+    if any(kind.kind not in "fiu" for kind in numbers.dtypes) or not np.isfinite(numbers).all(axis=None):
+        raise RunError(f"{table} holds scores that are no finite numbers. {remedy}")
     split = data_of(run)
-    there = {from_project(sample.image): sample for sample in split.test}
+    there = {harmless(from_project(sample.image)): sample for sample in split.test}
     if lost := [name for name in found["file"] if name not in there]:
         raise RunError(f"{run.folder}: {len(lost)} of its images are not in {split.name} any more, {lost[0]}. {remedy}")
 
     def maps(index: int) -> Maps:
         try:
             return load_maps(run.folder, index)._asdict()
-        except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
+        except Exception as error:  # of a broken archive NumPy raises whatever its parsing runs into
             raise ImageError(f"the maps of {found['file'][index]} cannot be read ({error}). {remedy}") from error
 
     return Findings(
@@ -284,9 +289,9 @@ def _read_map(path: Path) -> np.ndarray:
         if path.suffix == ".npy":
             values = np.load(path, allow_pickle=False)
         else:
-            with Image.open(path) as image:
+            with Image.open(path, formats=["TIFF"]) as image:
                 values = np.asarray(image)
-    except (*UNREADABLE, EOFError) as error:
+    except Exception as error:  # of a broken file NumPy and Pillow raise whatever their parsing runs into
         raise ImageError(f"{path}: cannot be read as an anomaly map ({error}). Replace or remove it.") from error
     values = np.squeeze(values) if isinstance(values, np.ndarray) else np.empty(0)
     if values.ndim != 2 or not values.size or values.dtype.kind not in "fiu":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +82,8 @@ class Notes:
         if set(columns) != set(COLUMNS) or any(None in row or None in row.values() for row in rows):
             got = ", ".join(columns)
             raise RunError(f"{self.path}: columns {got}; it takes {', '.join(COLUMNS)}. Mend it or move it away.")
+        if twice := [file for file, times in Counter(row["file"] for row in rows).items() if times > 1]:
+            raise RunError(f"{self.path}: {twice[0]} is there twice. Join the two rows: one of them would be lost.")
         for row in rows:
             _check_verdict(row["verdict"], f"{self.path}: the verdict of {row['file']}")
         return {row["file"]: row for row in rows}

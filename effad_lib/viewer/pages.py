@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize
 from PIL import Image
 
 from effad_lib.images import ImageError
-from effad_lib.plots import BARE, WIDTH
+from effad_lib.plots import BARE, WIDTH, plain
 from effad_lib.progress import progress
 from effad_lib.runs import RunError, write_bytes, write_text
 from effad_lib.viewer.drawings import colour_bar, histogram
@@ -75,7 +75,7 @@ def print_png(findings: Findings, picture: Picture, state: State, *, dpi: int = 
             place = {"xytext": (0, 3 + 8 * (k % 2)), "textcoords": "offset points", "ha": "center", "fontsize": 7}
             bar.ax.annotate(name, (value, 1), xycoords=bar.ax.get_xaxis_transform(), **place)
         decided = "" if state.threshold is None else f" at threshold {state.threshold:.4g}"
-        figure.suptitle((heading(findings, state) + decided).replace("$", r"\$"), fontsize=10)
+        figure.suptitle(plain(heading(findings, state) + decided), fontsize=10)
         if legend := ", ".join(OUTLINE_LABELS[name] for name in state.outlines):
             figure.supxlabel(f"outlines: {legend}", fontsize=7)
         packed = io.BytesIO()

@@ -1,0 +1,74 @@
+"""The card of a model, the plain values that travel with its weights: checked before anything is built from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from effad_lib.documents import parse_json
+from effad_lib.reading import check_levels, check_size
+
+
+class CardError(ValueError):
+    """A card with a field that is missing or impossible; the message names it, what it holds and what it takes."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; True and False are none."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_threshold(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
+def _is_calibration(value: Any) -> bool:
+    """{} or the scores of so many normal images, from the lowest, and the rule by which one of them was chosen."""
+    if not isinstance(value, dict) or not value:
+        return value == {}
+    lists = [value.get("scores"), value.get("pixels")]
+    count = value.get("normals")
+    sound = _is_count(count) and all(isinstance(some, list) and len(some) == count for some in lists)
+    sound = sound and all(all(map(is_number, some)) and some == sorted(some) for some in lists)
+    rule = [value.get(name, 0) for name in ("rank", "false_alarm_rate", "confidence")]
+    return sound and all(map(is_number, rule)) and value.get("rank", 1) in range(1, count + 1)
+
+
+NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "size": (lambda value: isinstance(value, str), "the name of a network"),
+    "channels": (_is_count, "a whole number of at least 1"),
+    "padding": (lambda value: isinstance(value, bool), "true or false"),
+    "image_size": (lambda value: isinstance(value, list), "height and width"),
+    "threshold": (_is_threshold, "a number, or null"),
+}
+"""Fields that every card has, what they take, and how an error says so."""
+
+KNOWN = NEEDED | {
+    "pixel_threshold": (_is_threshold, "a number, or null"),
+    "calibration": (_is_calibration, "scores and pixels of so many normals, sorted, and a rank among them"),
+    "levels": (lambda value: isinstance(value, list) and all(map(is_number, value)), "two numbers, or none"),
+}
+"""With those that models have had from some version on."""
+
+
+def read_card(text: str) -> dict[str, Any]:
+    """Return the card of a model from its JSON. Raises `CardError`, `DocumentError` or `ImageError`."""
+    card = parse_json(text, "its card")
+    if missing := [name for name in NEEDED if name not in card]:
+        raise CardError(f"its card has no {missing[0]}")
+    for name, (is_sound, takes) in KNOWN.items():
+        if name in card and not is_sound(card[name]):
+            raise CardError(f"its card has {name} = {_short(card[name])}, which takes {takes}")
+    check_size(card["image_size"])
+    check_levels(card.get("levels", ()))
+    return card
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

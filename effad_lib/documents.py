@@ -1,0 +1,95 @@
+"""Small YAML and JSON files that anybody may have written: read within limits, and refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+MOST_BYTES = 2**16
+"""A YAML file that is longer than this is refused: more would take seconds to read."""
+
+MOST_VALUES = 100_000
+"""A YAML file that stands for more values than this is refused: a few lines of aliases can stand for billions."""
+
+
+class DocumentError(ValueError):
+    """A file that is not whole, or not of its kind; the message names it and what is wrong."""
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Return what a YAML file holds: plain values, nothing that its tags ask for is made.
+
+    Raises `DocumentError` for what is not YAML, for a key that is given twice in a mapping, of which YAML would take
+    the last, and for files and aliases that stand for more than a file should hold.
+    """
+    path = Path(path)
+    data = _read(path, MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise DocumentError(f"{path} is longer than {MOST_BYTES:,} bytes. Make several files of it.")
+    try:
+        loader = yaml.SafeLoader(data.decode("utf-8"))
+        if (root := loader.get_single_node()) is None:
+            return None
+        _count(root, path, {})
+        return loader.construct_document(root)
+    except DocumentError:
+        raise
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise DocumentError(f"{path} is not YAML: {error}") from error
+    except Exception as error:  # for a value that its tag does not fit, PyYAML raises whatever Python does
+        raise DocumentError(f"{path} is not YAML: it holds an impossible value ({error}).") from error
+
+
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """Return the `kind` of value, dict or list, that a JSON file holds. Raises `DocumentError`."""
+    return parse_json(_read(Path(path)), str(path), kind)
+
+
+def parse_json(text: str | bytes, source: str, kind: type = dict) -> Any:
+    """Return the `kind` of value, dict or list, that a text in JSON holds; `source` is what an error calls it.
+
+    Raises `DocumentError` for what is not JSON, holds NaN or an infinity, or is of another kind.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"it holds {constant}")
+
+    try:
+        value = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise DocumentError(f"{source} is not JSON: {error}. Restore or delete it.") from error
+    if not isinstance(value, kind):
+        wanted = {dict: "names with values", list: "a list"}[kind]
+        raise DocumentError(f"{source} holds {type(value).__name__} where {wanted} should be. Restore or delete it.")
+    return value
+
+
+def _read(path: Path, most: int = -1) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise DocumentError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _count(node: yaml.Node, path: Path, known: dict[int, int | None]) -> int:
+    """Return how many values a node stands for, with those behind its aliases; `known` are the counts so far."""
+    if id(node) in known:
+        if (count := known[id(node)]) is None:
+            raise DocumentError(f"{path}, line {node.start_mark.line + 1}: an alias stands for what it is part of.")
+        return count
+    known[id(node)] = None
+    children: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, times in keys.items() if times > 1]:
+            raise DocumentError(f"{path}, line {node.start_mark.line + 1}: {twice[0]!r} is given twice.")
+        children = [child for pair in node.value for child in pair]
+    known[id(node)] = count = 1 + sum(_count(child, path, known) for child in children)
+    if count > MOST_VALUES:
+        raise DocumentError(f"{path} stands for more than {MOST_VALUES:,} values: too many aliases.")
+    return count

@@ -1,0 +1,174 @@
+"""Folders as people and machines leave them: odd names are names, links and permissions lead nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from trust import command_refused, files, refused
+
+from effad_lib.cli import main
+from effad_lib.datasets import load_dataset
+from effad_lib.images import find_images, read_image
+from effad_lib.runs import resolve
+
+NAMES = {
+    "spaces": "  two  spaces ",
+    "quotes": """it's a "quote" `here`""",
+    "a new line": "first\nsecond",
+    "Unicode": "größe_尺寸_📷_é",
+    "letters that write to the left": "\u202egnp.exe",
+    "dots": "..x..",
+    "three dots": "...png",
+    "commas and semicolons": "a,b;c\td",
+    "dollars": r"$x_{ $$ \frac",
+    "percent": "100%20%s%n",
+    "braces": "{0} {run} {{",
+    "an option": "--out=elsewhere",
+    "a formula": '=HYPERLINK("x","y")',
+    "a sum": "+1+1",
+    "markup": "<img src=x onerror=alert(1)>",
+    "an entity": "&lt;b&gt;",
+    "a shell": "$(touch x);`touch x`|x",
+    "backslashes": "..\\..\\x",
+    "control letters": "a\x1b[2Jb\x07",
+    "200 letters": "x" * 200,
+}
+
+
+def plain(name):
+    """A name that may be that of a folder: not hidden."""
+    return name.lstrip(".") or "x"
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_odd_names_of_folders_and_images_are_read(tmp_path, picture, kind):
+    name, root = plain(NAMES[kind]), tmp_path / f"root {plain(NAMES[kind])}"
+    for k in range(13):
+        picture(root / "train" / "good" / name / f"{name}{k:02}.png", size=(64, 64), seed=k)
+    picture(root / "test" / name / f"{name}.png", size=(64, 64))
+    picture(root / "ground_truth" / name / f"{name}_mask.png", size=(64, 64), mode="L")
+    split = load_dataset("folder", root=root)
+    assert (len(split.train), len(split.validation), len(split.test)) == (10, 3, 1) and split.has_masks
+    assert split.name == f"folder/{root.name}" and split.test[0].defect == name
+    assert all(sample.image.is_file() for sample in (*split.train, *split.validation, *split.test))
+
+
+def test_odd_names_go_through_detect_and_stay_inside(model, picture, tmp_path):
+    """Names come back from the table as they are; where a spreadsheet would calculate, a ' stands before them."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    names = {f"{plain(name)}.png" for name in NAMES.values()}
+    for name in names:
+        picture(images / name, size=(64, 64))
+    before = files(images)
+    assert main(["detect", str(model), str(images), "--out", str(out), "--save-masks", "--device", "cpu"]) == 0
+    table = pd.read_csv(out / "scores.csv", keep_default_na=False)
+    assert {file.removeprefix("'") for file in table["file"]} == names
+    assert not table["file"].str.match(r"[=+\-@]").any() and (table["file"].str[0] == "'").sum() == 3
+    written = {f"{kind}/{name}.png" for kind in ("heatmaps", "masks") for name in names}
+    assert set(files(tmp_path)) == {f"out/{name}" for name in (*written, "scores.csv")} | {f"images/{n}" for n in names}
+    assert files(images) == before
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_no_text_is_named_before_any_work(model, picture, tmp_path, capsys):
+    picture(tmp_path / "a.png")
+    with open(os.fsencode(tmp_path) + b"/b\xff.png", "wb") as file:
+        file.write((tmp_path / "a.png").read_bytes())
+    command_refused(capsys, ["detect", model, tmp_path], r"the name b'b\\xff\.png' is not UTF-8. Rename the file")
+    refused(lambda: load_dataset("folder", root=tmp_path), "is not UTF-8")
+
+
+ROOTS = {  # how the folder comes to be, and what is said of it
+    "nothing": (lambda path: None, "no folder at root"),
+    "empty": (lambda path: path.mkdir(), "no image below this folder"),
+    "a file": (lambda path: path.write_text("x"), "no folder at root"),
+    "a link to nowhere": (lambda path: path.symlink_to(path.with_name("nowhere")), "no folder at root"),
+    "a link to itself": (lambda path: path.symlink_to(path), "no folder at root|no path that can be followed"),
+    "two links in a circle": (
+        lambda path: (path.symlink_to(path.with_name("b")), path.with_name("b").symlink_to(path)),
+        "no folder at root|no path that can be followed",
+    ),
+    "hidden images": (lambda path: (path.mkdir(), (path / ".a.png").write_bytes(b"")), "no image below this folder"),
+    "other files": (lambda path: (path.mkdir(), (path / "a.txt").write_text("x")), "no image below this folder"),
+    "folders called like images": (lambda path: (path / "a.png").mkdir(parents=True), "no image below this folder"),
+}
+
+
+@pytest.mark.parametrize("kind", ROOTS)
+def test_folders_without_images_are_told(tmp_path, capsys, kind):
+    make, says = ROOTS[kind]
+    make(tmp_path / "a")
+    command_refused(capsys, ["train", "--dataset", "folder", "--data-root", tmp_path / "a"], says)
+    refused(lambda: load_dataset("folder", root=tmp_path / "a"), says)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "~nobody_of_this_name/x", "x/" * 3000, "x" * 300], ids=str.__len__)
+def test_what_is_no_path_is_told(path):
+    """Some of these a system follows to nowhere, others it cannot follow at all."""
+    with contextlib.suppress(OSError):
+        refused(lambda: load_dataset("folder", root=path), "no path that can be followed|no folder at root")
+
+
+def test_a_null_byte_is_no_path():
+    refused(lambda: resolve("a\0b"), "no path that can be followed: embedded null")
+
+
+def test_links_in_a_circle_are_passed_by(tmp_path, picture):
+    kept = picture(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "c.png")
+    (tmp_path / "c.png").symlink_to(tmp_path / "b.png")
+    (tmp_path / "self").symlink_to(tmp_path)
+    (tmp_path / "up.png").symlink_to(tmp_path.parent)
+    assert find_images(tmp_path) == [kept]
+
+
+@contextlib.contextmanager
+def unprivileged():
+    """A folder that a user without privileges may enter, while the tests are such a user, also where they run as root.
+
+    The folders of pytest are closed to others.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        root = os.geteuid() == 0
+        try:
+            if root:
+                os.chown(folder, 65534, -1)
+                os.seteuid(65534)
+            yield Path(folder)
+        finally:
+            if root:
+                os.seteuid(0)
+            for path in Path(folder).rglob("*"):
+                os.chmod(path, 0o755)
+
+
+def test_folders_and_images_without_permission_are_named(picture):
+    with unprivileged() as folder:
+        path = picture(folder / "closed" / "a.png")
+        path.chmod(0)
+        refused(lambda: read_image(path), r"a\.png: cannot be read as an image .*Permission denied")
+        path.parent.chmod(0)
+        refused(lambda: find_images(folder), r"closed: the folder cannot be listed \(Permission denied\)")
+        refused(lambda: load_dataset("folder", root=folder), "cannot be listed")
+        path.parent.chmod(0o700)
+
+
+def test_a_folder_that_cannot_be_written_is_named(small_detector, picture):
+    from effad_lib.detection import detect
+
+    with unprivileged() as folder:
+        path = picture(folder / "a.png")
+        (folder / "out").mkdir()
+        (folder / "out").chmod(0o500)
+        refused(lambda: detect(small_detector, path, folder / "out"), "cannot write .*Permission denied")
+        (folder / "file").write_text("x")
+        refused(lambda: detect(small_detector, path, folder / "file"), "cannot write .*Not a directory|File exists")
+        assert (folder / "file").read_text() == "x" and not list((folder / "out").iterdir())

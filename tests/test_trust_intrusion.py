@@ -1,0 +1,178 @@
+"""Nobody gets in: what is sent to somebody (runs, sweeps, images and their names) executes and injects nothing.
+
+Models, teachers and checkpoints that hold code are in test_trust_models.py and test_trust_teachers.py, documents in
+test_trust_yaml.py. Archives are unpacked by nobody but the user: the last tests of this file see to it.
+"""
+
+from __future__ import annotations
+
+import ast
+import html
+import json
+import os
+import re
+import shutil
+
+import pytest
+import yaml
+from trust import command_refused, files, refused
+
+from effad_lib.cli import main
+from effad_lib.consent import NAMED, allow, check_named
+from effad_lib.datasets import LOADERS, load_dataset
+from effad_lib.evaluation import data_of
+from effad_lib.execution import process
+from effad_lib.runs import PROJECT, Run
+from effad_lib.sweeps import load_sweep
+from effad_lib.viewer import of_run
+
+CODE = """
+from pathlib import Path
+from effad_lib.datasets import load_dataset, register
+Path(__file__).with_name("executed").touch()
+
+@register("sent")
+def sent(root, category, seed, validation_share):
+    return load_dataset("folder", root=root, seed=seed, validation_share=validation_share)
+"""
+
+
+@pytest.fixture
+def nothing_named(monkeypatch):
+    """As in a new shell; what a test names or registers is forgotten."""
+    monkeypatch.setenv(NAMED, "")
+    before = dict(LOADERS)
+    yield
+    LOADERS.clear()
+    LOADERS.update(before)
+
+
+@pytest.fixture
+def run(evaluated_run, tmp_path, nothing_named):
+    """A copy of the evaluated run, as if its data set were the code that lies in it."""
+    shutil.copytree(evaluated_run, tmp_path / "run")
+    (tmp_path / "run" / "sent.py").write_text(CODE)
+    made = yaml.safe_load((evaluated_run / "parameters.yaml").read_text())
+    made["dataset"] = f"{tmp_path / 'run' / 'sent.py'}:sent"
+    (tmp_path / "run" / "parameters.yaml").write_text(yaml.safe_dump(made))
+    return tmp_path / "run"
+
+
+# --- code in a run, a sweep or a profile ----------------------------------------------------------------------------
+
+
+def test_the_data_set_of_a_run_is_executed_only_if_the_user_names_its_file(run, capsys):
+    before, file = files(run), run / "sent.py"
+    says = f"is code, {re.escape(str(file))}, which was named by a file and not by you.*--data-file {file}"
+    for command in (["evaluate", run], ["gallery", run], ["export", run]):
+        command_refused(capsys, command, says)
+    for work in (lambda: data_of(Run(run)), lambda: of_run(run, "cpu")):
+        refused(work, says)
+    assert files(run) == before
+    assert main(["gallery", str(run), "--data-file", str(file)]) == 0
+    assert (run / "executed").is_file()
+
+
+def test_who_names_the_file_in_a_command_or_a_call_may_go_on_with_the_run(run):
+    allow(run / "sent.py")
+    assert data_of(Run(run)).name and (run / "executed").is_file()
+    os.environ[NAMED] = ""
+    load_dataset(f"{run / 'sent.py'}:sent", root=yaml.safe_load((run / "parameters.yaml").read_text())["data_root"])
+    assert data_of(Run(run)).name
+
+
+@pytest.mark.parametrize("spelling", ["{}/./sent.py:sent", "{}/x/../sent.py:sent", "{}/sent.py:sent.py:sent"])
+def test_other_spellings_of_a_path_are_asked_for_too(run, spelling):
+    refused(lambda: check_named(spelling.format(run)), "is code")
+    assert not (run / "executed").exists()
+
+
+def test_a_file_of_the_same_name_elsewhere_is_another_file(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    allow(tmp_path / "mine" / "sent.py")
+    refused(lambda: data_of(Run(run)), "is code")
+
+
+def test_processes_that_are_started_know_what_was_named(run, tmp_path, monkeypatch):
+    allow(run / "sent.py")
+    told = process.order("x", [process.Task(tmp_path / "a.ipynb", tmp_path, {}, {})], {})
+    monkeypatch.setenv(NAMED, "")
+    refused(lambda: data_of(Run(run)), "is code")
+    monkeypatch.setenv(NAMED, told["data_files"])
+    assert data_of(Run(run)).train
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_a_sweep_that_names_code_is_not_even_listed(run, capsys, monkeypatch):
+    path = run.parent / "sent.yaml"
+    names = {"notebooks": ["03_training"], "parameters": {"dataset": f"{run / 'sent.py'}:sent"}}
+    path.write_text(yaml.safe_dump(names))
+    for more in ([], ["--dry-run"]):
+        command_refused(capsys, ["sweep", path, "--runs", run.parent / "runs", *more], "is code, .*sent.py")
+    assert not (run / "executed").exists() and not (run.parent / "runs").exists()
+    allow(run / "sent.py")
+    assert len(load_sweep(str(path), runs=run.parent / "runs").runs) == 1
+
+
+# --- names in pages and tables --------------------------------------------------------------------------------------
+
+MARKUP = "<img src=x onerror=alert(1)>"
+MATHS = r"$\frac{$ a_{ $"
+FORMULA = '=HYPERLINK("http:..x","y")'
+
+
+def test_names_are_text_in_reports_galleries_tables_and_figures(evaluated_run, tmp_path, nothing_named):
+    data, run = tmp_path / f"data {MARKUP} {MATHS}", tmp_path / "run"
+    shutil.copytree(evaluated_run.with_name("data"), data)
+    shutil.copytree(evaluated_run, run)
+    for old, new in (("dent", f"{MARKUP} & {MATHS}"), ("hole", FORMULA)):
+        for part in ("test", "ground_truth"):
+            (data / part / old).rename(data / part / new)
+    image = data / "test" / "good" / "0.png"
+    image.rename(image.with_name(f"'{MARKUP}\"{MATHS}.png"))
+    made = yaml.safe_load((run / "parameters.yaml").read_text()) | {"data_root": str(data)}
+    (run / "parameters.yaml").write_text(yaml.safe_dump(made))
+    outside = {path for path in tmp_path.iterdir()}
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 0
+    assert main(["gallery", str(run)]) == 0
+    pages = [(run / name).read_text(encoding="utf-8") for name in ("report.html", "gallery/index.html")]
+    for page in pages:
+        assert "<img src=x" not in page and html.escape(MARKUP) in page
+    assert [page.count("<script") for page in pages] == [0, 1]
+    assert (run / "figures" / "scores.png").is_file()
+    assert not re.search(r"(^|,)\"?[=+@]", (run / "scores.csv").read_text(), re.MULTILINE)
+    assert {path for path in tmp_path.iterdir()} == outside
+
+
+# --- what the library does not do at all ----------------------------------------------------------------------------
+
+SOURCES = sorted((PROJECT / "effad_lib").rglob("*.py"))
+
+MODULES = frozenset("pickle cPickle dill joblib cloudpickle marshal shelve tarfile gzip bz2 lzma runpy code".split())
+BUILTINS = frozenset("eval exec compile __import__".split())
+METHODS = frozenset("unpack_archive extractall system popen unsafe_load full_load".split())
+
+
+def called(node: ast.Call) -> str:
+    """The dotted name of what is called."""
+    return ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PROJECT / "effad_lib").as_posix())
+def test_nothing_is_unpacked_unpickled_or_evaluated(path):
+    """Data sets are unpacked by the user alone; a file of code is executed at one place, which asks `consent`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = {alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}  # fmt: skip  # noqa: E501
+    imported |= {node.module.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not imported & MODULES
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name, given = called(node), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert name not in BUILTINS and name.rpartition(".")[2] not in METHODS, name
+        assert name != "torch.load" or given.get("weights_only") == "True"
+        assert name != "np.load" or given.get("allow_pickle") == "False"
+        assert not name.startswith("yaml.") or name in ("yaml.SafeLoader", "yaml.safe_dump")
+        assert given.get("shell", "False") == "False"
+        if name == "Image.open" and path.name != "photographs.py":  # whose pictures are those of installed packages
+            assert "formats" in given
+        if name.endswith("exec_module"):
+            assert path.name == "split.py"

@@ -1,0 +1,162 @@
+"""Teachers and checkpoints that are broken, altered or made to harm: refused when they are opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from trust import Malicious, command_refused, refused
+
+from effad_lib.backbones import file_sha256
+from effad_lib.datasets import load_dataset
+from effad_lib.distillation import load_teacher
+from effad_lib.networks import PDN
+from effad_lib.runs import Run
+from effad_lib.training import TrainingSettings, train
+
+NAN, INFINITE = float("nan"), float("inf")
+
+# --- teachers -------------------------------------------------------------------------------------------------------
+
+
+def layers(channels=8):
+    torch.manual_seed(0)
+    return PDN("XS", channels).state_dict()
+
+
+TEACHER_CARDS = {
+    "no JSON": ("{", "is not JSON"),
+    "nothing": ("", "is not JSON"),
+    "a list": ("[]", "holds list where names with values should be"),
+    "NaN": ('{"size": NaN}', "it holds NaN"),
+    "deep": ("[" * 100_000, "is not JSON"),
+    "no size": ({"size": None}, "size = None, it takes str"),
+    "size as number": ({"size": 1}, "size = 1, it takes str"),
+    "an unknown size": ({"size": "XXL"}, "unknown network size 'XXL'"),
+    "another size": ({"size": "S"}, "is no layer of PDN-S|needs shape"),
+    "channels as text": ({"channels": "8"}, "channels = '8', it takes int"),
+    "a billion channels": ({"channels": 10**9}, "its card has 1000000000 channels, its weights 8"),
+    "channels true": ({"channels": True}, "channels = True, it takes int"),
+    "no hash": ({"sha256": None}, "sha256 = None, it takes str"),
+    "another hash": ({"sha256": "0" * 64}, "its SHA-256 is .*, the card says 0000"),
+}
+
+TEACHERS = {
+    "NaN": (lambda: layers() | {"head.bias": torch.full((8,), NAN)}, "head.bias holds NaN"),
+    "infinite": (lambda: layers() | {"head.bias": torch.full((8,), INFINITE)}, "head.bias holds NaN or infinite"),
+    "a layer too many": (lambda: layers() | {"more": torch.zeros(1)}, "more is no layer of PDN-XS"),
+    "a layer missing": (lambda: {"head.bias": layers()["head.bias"]}, "needs shape .*, the file has nothing"),
+    "another shape": (lambda: layers() | {"trunk.0.bias": torch.zeros(3)}, r"trunk.0.bias needs shape \(64,\)"),
+    "nothing": (dict, "its card has 8 channels, its weights 0"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A function that writes a teacher with a card that fits it, or is changed."""
+
+    def write(weights, change=None):
+        path = tmp_path / "teacher.safetensors"
+        save_file(weights, path)
+        card = {"network": "PDN-XS", "size": "XS", "channels": 8, "sha256": file_sha256(path)}
+        card = json.dumps(card | (change or {})) if not isinstance(change, str) else change
+        path.with_suffix(".json").write_text(card)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("kind", TEACHER_CARDS)
+def test_cards_of_teachers_that_make_no_sense(teacher, tmp_path, capsys, kind):
+    change, says = TEACHER_CARDS[kind]
+    path = teacher(layers(), change)
+    refused(lambda: load_teacher(path), says)
+    command_refused(capsys, ["train", "--teacher", path, "--dataset", "elpv", "--size", "XS"], says)
+    command_refused(capsys, ["probe", path, "--record", "--device", "cpu"], says)
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_weights_of_teachers_that_do_not_fit(teacher, kind):
+    weights, says = TEACHERS[kind]
+    refused(lambda: load_teacher(teacher(weights())), says)
+
+
+@pytest.mark.parametrize("ending", [".pth", ".pt", ".safetensors"])
+@pytest.mark.parametrize("kind", ["empty", "cut", "words", "tensor", "code"])
+def test_files_that_are_no_teachers(tmp_path, ending, kind):
+    path, trace = tmp_path / f"teacher{ending}", tmp_path / "executed"
+    torch.save(
+        {"empty": {}, "code": {"a.weight": Malicious(trace)}, "tensor": torch.zeros(3)}.get(kind, layers()), path
+    )
+    if kind in ("empty", "cut", "words"):
+        path.write_bytes({"empty": b"", "words": b"weights"}.get(kind, path.read_bytes()[:-500]))
+    refused(lambda: load_teacher(path), "not a safetensors file or a plain state dict|not a plain state dict")
+    assert not trace.exists()
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+CHECKPOINTS = {  # change of the state of an interrupted training, and what is said
+    "no step": (lambda s: s.pop("step"), "its checkpoint is not of this version or was altered .KeyError: 'step'"),
+    "no networks": (lambda s: s.pop("student"), "not of this version or was altered"),
+    "networks as list": (lambda s: s.update(student=[1]), "not of this version or was altered"),
+    "no optimiser": (lambda s: s.pop("optimiser"), "not of this version or was altered"),
+    "another optimiser": (lambda s: s.update(optimiser={"state": {}, "param_groups": []}), "not of this version"),
+    "a generator of one byte": (lambda s: s.update(generator=torch.zeros(1, dtype=torch.uint8)), "not of this version"),
+    "a generator of floats": (lambda s: s.update(generator=torch.zeros(5056)), "not of this version"),
+    "kept as number": (lambda s: s.update(kept=3), "not of this version"),
+    "NaN in the student": (lambda s: s["student"]["head.bias"].fill_(NAN), "its checkpoint holds NaN or infinite"),
+    "infinite in the optimiser": (lambda s: s["optimiser"]["state"][0]["exp_avg"].fill_(INFINITE), "holds NaN"),
+    "another mean": (lambda s: s.update(teacher_mean=torch.zeros(3)), "not of this version|not of size"),
+    "other channels": (lambda s: s["student"].update({"head.bias": torch.zeros(3)}), "not of size XS with 8 channels"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The settings and data of a training that has come to its end, and its last checkpoint."""
+    root = tmp_path_factory.mktemp("interrupted")
+    (root / "data").mkdir()
+    for k in range(13):
+        pixels = np.random.default_rng(k).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "data" / f"{k:02}.png")
+    save_file(layers(), root / "t.safetensors")
+    digest = hashlib.sha256((root / "t.safetensors").read_bytes()).hexdigest()
+    (root / "t.json").write_text(json.dumps({"size": "XS", "channels": 8, "sha256": digest}))
+    split = load_dataset("folder", root=root / "data")
+    values = {"size": "XS", "teacher": str(root / "t.safetensors"), "image_size": [64, 64], "steps": 1, "device": "cpu"}
+    settings = TrainingSettings(run_folder=str(root / "run"), dataset="folder", **values)
+    train(settings, split)
+    Run(root / "run").model.unlink()
+    return settings, split, torch.load(root / "run" / "checkpoints" / "last.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpoints_that_cannot_be_continued(interrupted, kind):
+    (settings, split, state), (change, says) = interrupted, CHECKPOINTS[kind]
+    state = pickle.loads(pickle.dumps(state))
+    change(state)
+    run = Run(settings.run_folder)
+    path = run.save_checkpoint("last", state)
+    before = path.read_bytes()
+    refused(lambda: train(settings, split), says)
+    assert path.read_bytes() == before and not run.model.exists()
+
+
+@pytest.mark.parametrize("kind", ["empty", "words", "cut", "list", "code"])
+def test_files_that_are_no_checkpoints(interrupted, tmp_path, kind):
+    settings, split, state = interrupted
+    path, trace = Run(settings.run_folder).save_checkpoint("last", state), tmp_path / "executed"
+    contents = {"empty": b"", "words": b"checkpoint", "cut": path.read_bytes()[:-1000]}
+    if kind in contents:
+        path.write_bytes(contents[kind])
+    else:
+        torch.save([1] if kind == "list" else {**state, "step": Malicious(trace)}, path)
+    refused(lambda: train(settings, split), "cannot be read as a checkpoint.*Delete it to start this run anew")
+    assert not trace.exists()

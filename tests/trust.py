@@ -1,0 +1,53 @@
+"""What the tests of trust share: a refusal is one of our own errors, and nothing is written by what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from effad_lib.cli import main
+
+
+class Malicious:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether an error was written for people: the command line prints these without a traceback."""
+    return type(error).__module__.startswith("effad_lib")
+
+
+def refused(work: Callable[[], Any], says: str) -> str:
+    """Do what must be refused by an error of ours that matches `says`, and return its message."""
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        work()
+    assert is_ours(caught.value), f"{type(caught.value).__name__} of another library: {caught.value}"
+    assert re.search(says, str(caught.value), re.DOTALL), f"{says!r} is not in: {caught.value}"
+    return str(caught.value)
+
+
+def command_refused(capsys: pytest.CaptureFixture[str], arguments: list[object], says: str) -> str:
+    """Give a command that must end with exit code 2 and one of our messages, without a traceback; return it."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in said, said
+    assert re.search(rf"^effad: .*(?:{says})", said, re.DOTALL | re.MULTILINE), f"{says!r} is not in: {said}"
+    return said
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Return all files below a folder by their names, with their content: to see that nothing was written."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
