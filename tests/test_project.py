@@ -16,8 +16,8 @@ from effad_lib.runs import PROJECT
 
 ROOMS = (
     "settings progress reading images runs execution provenance synthesis networks metrics losses backbones datasets "
-    "engines detector distillation calibration training plots charts diagrams evaluation probing tiling detection "
-    "watching export latency viewer published profiles batch reports sweeps cli"
+    "engines detector distillation calibration training plots charts diagrams evaluation probing designs tiling "
+    "detection watching export latency viewer published profiles batch reports sweeps cli"
 ).split()
 """The rooms of effad_lib, ground floor first: each may import only those before it."""
 

@@ -15,9 +15,31 @@ from effad_lib.backbones import Backbone
 from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.images import NaturalImages
 from effad_lib.networks import PDN, Normalise, feature_size, initialise
+from effad_lib.progress import progress
+from effad_lib.runs import resolve
 from effad_lib.settings import SettingsError
 
 Drawn = TypeVar("Drawn")
+
+
+def photographs(settings: DistillationSettings, workers: int = 0) -> tuple[NaturalImages, NaturalImages]:
+    """Return the photographs to learn from and those held out, which are the same for every seed.
+
+    Raises `SettingsError` if too few are left to learn from and `ImageError` if none can be read.
+    """
+    folder = resolve(settings.images) if settings.images else ""
+    every = NaturalImages(folder, workers=workers)
+    if settings.held_out >= len(every):
+        where = f"in {folder}" if folder else "inside the installed packages"
+        raise SettingsError(
+            f"held_out = {settings.held_out}: only {len(every)} photographs are {where}. Hold out fewer, or name a "
+            f"folder of more in images."
+        )
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out, natural = every.part(order[: settings.held_out]), every.part(sorted(order[settings.held_out :]))
+    for some in (natural, held_out) if len(held_out) else (natural,):
+        some.sample(1, settings.image_size, torch.Generator())  # raises if none can be read: now, not at the end
+    return natural, held_out
 
 
 class Views:
@@ -55,6 +77,32 @@ class Views:
             rows, columns = feature_size(self.settings.image_size, padding=False)
             features = features[..., 4 : 4 + rows, 4 : 4 + columns]
         return Normalise().to(large.device)(small), features
+
+
+class RecordedViews(Views):
+    """Views that are drawn once and kept, in half precision, with what the backbone says of them.
+
+    For several distillations from the same `count` views: each draws from these with replacement. What stands for a
+    view between `sample` and `pair` is its number.
+    """
+
+    def __init__(self, views: Views, count: int, device: torch.device) -> None:
+        super().__init__(views.settings, views.natural, views.backbone)
+        generator, batch = torch.Generator().manual_seed(self.settings.seed), self.settings.batch_size
+        sizes = [min(batch, count - start) for start in range(0, count, batch)]
+        images, features = [], []
+        with torch.no_grad():
+            for size in progress(sizes, desc="recording views", leave=False):
+                image, feature = views.draw(size, generator, device)
+                images.append(image.half())
+                features.append(feature.half())
+        self.images, self.features = torch.cat(images), torch.cat(features)
+
+    def sample(self, count: int, generator: torch.Generator, share: slice = slice(None)) -> Tensor:
+        return torch.randint(len(self.images), (count,), generator=generator)[share]
+
+    def pair(self, large: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images[large].float(), self.features[large].float()
 
 
 def prefetched(draw: Callable[[], Drawn], count: int, ahead: int) -> Iterator[Drawn]:
