@@ -37,6 +37,11 @@ DESIGNS: dict[str, Layers] = {
         *(Conv(4, 64, 3), Pool(), Conv(4, 128, 3), Pool()),
         *(Conv(3, 128, 1), Conv(4, 128, 0), Conv(1, OUT, 0)),
     ),
+    # The same, no dearer than XS.
+    "XS-pooled-narrow": (
+        *(Conv(4, 48, 3), Pool(), Conv(4, 96, 3), Pool()),
+        *(Conv(3, 96, 1), Conv(4, 96, 0), Conv(1, OUT, 0)),
+    ),
     # One convolution with stride 4 in place of two with stride 2.
     "XS-patches": (Conv(13, 128, 12, 4), Conv(3, 128, 1), Conv(4, 128, 0), Conv(1, OUT, 0)),
     # Fewer channels into the 4×4 convolution, more out of it.
