@@ -1,4 +1,4 @@
-"""Charts of whatever numbers a lesson measures: distributions, maps side by side on one scale, competitors.
+"""Charts of whatever numbers a lesson measures: distributions, maps side by side on one scale, competitors, costs.
 
 Like `plots`, each is a function that returns a matplotlib figure, 9 inches wide.
 """
@@ -11,9 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from effad_lib.plots import HEAT, PALETTE, WIDTH, Scale, plain
 
@@ -149,6 +151,54 @@ def plot_curves(curves: Mapping[str, pd.DataFrame], xlabel: str, ylabel: str, *,
     return fig
 
 
+def pareto_front(cost: pd.Series, value: pd.Series) -> list[str]:
+    """Return the names, cheapest first, of those that have a higher value than all that cost no more.
+
+    cost, value: a number for each name; whoever lacks one (NaN) is left out.
+    """
+    front, best = [], -np.inf
+    both = pd.DataFrame({"cost": cost, "value": value}).dropna()
+    for name, value_here in both.sort_values(["cost", "value"], ascending=[True, False])["value"].items():
+        if value_here > best:
+            front.append(name)
+            best = value_here
+    return front
+
+
+def plot_tradeoff(
+    cost: pd.Series, values: Mapping[str, pd.Series], xlabel: str, *, lower: Collection[str] = (), bold: Collection[str]
+) -> Figure:
+    """A panel for each measure against the cost on a logarithmic axis; a line joins those on the Pareto front.
+
+    cost: a number for each competitor, by name; values: for each panel the label of its axis and numbers by the same
+    names; lower: labels of those of which less is better; bold: names that stand out. Competitors off the front, beaten
+    at no higher cost, are hollow. Raises ValueError if there is nothing to draw.
+    """
+    if not values or cost.empty:
+        raise ValueError("no values to draw")
+    fig, axes = plt.subplots(1, len(values), figsize=(WIDTH, 4.2), squeeze=False, layout="constrained")
+    for ax, (label, numbers) in zip(axes[0], values.items(), strict=True):
+        front = pareto_front(cost, -numbers if label in lower else numbers)
+        ax.plot(
+            cost[front], numbers[front], color=PALETTE[0], linewidth=1, drawstyle="steps-post", label="Pareto front"
+        )
+        for name, value in numbers.dropna().items():
+            style = {"color": PALETTE[1] if name in bold else PALETTE[0], "markersize": 7, "zorder": 3}
+            style["fillstyle"] = "full" if name in front else "none"
+            ax.plot(cost[name], value, "s" if name in bold else "o", **style)
+        ax.set(ylabel=label, xscale="log")
+        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.margins(x=0.2, y=0.1)
+        ax.grid(alpha=0.3)
+    fig.supxlabel(xlabel, fontsize=10)
+    for ax, (label, numbers) in zip(axes[0], values.items(), strict=True):
+        points = {name: (cost[name], value) for name, value in numbers.dropna().items()}
+        _label(ax, points, bold, 1 if label in lower else -1)
+    axes[0][0].legend(loc="upper right" if next(iter(values)) in lower else "lower right", fontsize=9, frameon=False)
+    return fig
+
+
 def plot_table(table: pd.DataFrame, label: str, *, scale: Scale) -> Figure:
     """A table as colours, each cell with its figure; what is missing stays empty.
 
@@ -165,6 +215,26 @@ def plot_table(table: pd.DataFrame, label: str, *, scale: Scale) -> Figure:
     ax.set(xlabel="", ylabel="")
     ax.tick_params(axis="y", rotation=0)
     return fig
+
+
+def _label(ax: Axes, points: Mapping[str, tuple[float, float]], bold: Collection[str], side: int) -> None:
+    """Write the name of each point beside it, where it covers no other point and no name written before.
+
+    side: 1 or −1 for names above or below the line that goes to the right, if there is room.
+    """
+    ax.figure.draw_without_rendering()  # decides where the axes are
+    taken = [Bbox.from_bounds(*(ax.transData.transform(point) - 4), 8, 8) for point in points.values()]
+    for name, point in points.items():
+        style = {"fontsize": 9 if name in bold else 8, "fontweight": "bold" if name in bold else "normal"}
+        text = ax.annotate(name, point, (0, 0), textcoords="offset points", **style)
+        text.set_in_layout(False)
+        covered = {}
+        for place in ((5, 8 * side, "left"), (-7, 0, "right"), (5, -8 * side, "left"), (-5, -8 * side, "right")):
+            text.set(position=place[:2], ha=place[2], va="center")
+            covered[place] = text.get_window_extent().count_overlaps(taken)
+        best = min(covered, key=covered.get)
+        text.set(position=best[:2], ha=best[2])
+        taken.append(text.get_window_extent())
 
 
 def _bins(numbers: np.ndarray, log: bool, fewest: int) -> np.ndarray:

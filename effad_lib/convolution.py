@@ -37,10 +37,10 @@ LEAST_TILES = 25
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d`, quicker where `pays` says so; square kernels, weights and their names as there."""
+    """`torch.nn.Conv2d`, quicker where `pays` says so, for square kernels without dilation; weights as there."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.stride == (1, 1):
+        if self.stride == (1, 1) and self.groups == 1:
             return convolve(input, weight, bias, self.padding[0])
         return super()._conv_forward(input, weight, bias)
 

@@ -17,12 +17,16 @@ from effad_lib.settings import SettingsError, nearest
 
 
 class Conv(NamedTuple):
-    """A convolution `kernel` × `kernel` to `channels`; `padding` holds in the padded variant only."""
+    """A convolution `kernel` × `kernel` to `channels`; `padding` holds in the padded variant only.
+
+    `depthwise`: each channel is filtered by itself, so there are as many as before.
+    """
 
     kernel: int
     channels: int
     padding: int
     stride: int = 1
+    depthwise: bool = False
 
 
 class Pool(NamedTuple):
@@ -34,7 +38,10 @@ class Pool(NamedTuple):
 OUT = -1
 """Stands for the network's number of output channels in the tables."""
 
-PDN_LAYERS: dict[str, tuple[Conv | Pool, ...]] = {
+Layers = tuple[Conv | Pool, ...]
+"""The layers of a PDN, the last of them a convolution to `OUT` channels."""
+
+PDN_LAYERS: dict[str, Layers] = {
     # The paper's Tables 4 and 5.
     "S": (Conv(4, 128, 3), Pool(), Conv(4, 256, 3), Pool(), Conv(3, 256, 1), Conv(4, OUT, 0)),
     "M": (
@@ -92,23 +99,27 @@ class PDN(nn.Module):
 
     `forward`: normalised images [N, 3, H, W] → features [N, out_channels, h, w] with (h, w) = `feature_size`. The
     padded and the unpadded variant share weights: cell (i, j) of the unpadded one is cell (i+4, j+4) of the padded one.
-    Raises `SettingsError` for an unknown size. Paper, Section 3.1 and Tables 4 and 5.
+    `layers` takes the place of the size's own, see `effad_lib.designs`. Raises `SettingsError` for an unknown size.
+    Paper, Section 3.1 and Tables 4 and 5.
     """
 
-    def __init__(self, size: str = "S", out_channels: int = 384, padding: bool = False) -> None:
+    def __init__(
+        self, size: str = "S", out_channels: int = 384, padding: bool = False, layers: Layers | None = None
+    ) -> None:
         super().__init__()
         self.size, self.out_channels, self.padding = check_network(size), out_channels, padding
-        layers: list[nn.Module] = []
+        modules: list[nn.Module] = []
         channels = 3
-        for layer in PDN_LAYERS[size]:
+        for layer in layers or PDN_LAYERS[size]:
             pad = layer.padding if padding else 0
             if isinstance(layer, Pool):
-                layers.append(nn.AvgPool2d(2, stride=2, padding=pad))
+                modules.append(nn.AvgPool2d(2, stride=2, padding=pad))
                 continue
             out = out_channels if layer.channels == OUT else layer.channels
-            layers += [Conv2d(channels, out, layer.kernel, layer.stride, pad), nn.ReLU(inplace=True)]
+            groups = channels if layer.depthwise else 1
+            modules += [Conv2d(channels, out, layer.kernel, layer.stride, pad, groups=groups), nn.ReLU(inplace=True)]
             channels = out
-        *trunk, head, _ = layers
+        *trunk, head, _ = modules
         self.trunk, self.head = nn.Sequential(*trunk), head
         self.to(memory_format=torch.channels_last)  # as images are; else every call would reorder the kernels
 

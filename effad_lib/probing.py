@@ -126,7 +126,7 @@ def probe(
     in Algorithm 3. AU-PRO is None without masks. See `NearestNeighbours.fit`. Raises `SettingsError` for an empty bank
     or a split whose test images are not both good and defective.
     """
-    height, width = _check([split], image_size, bank)
+    height, width = check([split], image_size, bank)
     device = next(network.parameters()).device
     extractor, size = nn.Sequential(Normalise(), network).to(device), (height, width)
     if isinstance(network, Backbone):
@@ -137,7 +137,8 @@ def probe(
     return {name: metrics[name] for name in METRICS}
 
 
-def _check(splits: Sequence[Split], image_size: Size, bank: int) -> Size:
+def check(splits: Sequence[Split], image_size: Size, bank: int) -> Size:
+    """Raise `SettingsError` for what `probe` cannot work with; returns the size."""
     if bank < 1:
         raise SettingsError(f"bank = {bank}: takes a positive number of features.")
     for split in splits:
@@ -197,7 +198,7 @@ def compare(
 
     All images are decoded once before the work begins. Raises as `probe`, and `DatasetError` for faulty images.
     """
-    _check(splits, image_size, bank)
+    check(splits, image_size, bank)
     for split in splits:
         verify(split)
     found: dict[tuple[str, str], dict[str, float]] = {}

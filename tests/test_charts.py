@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from effad_lib.charts import plot_curves, plot_distributions, plot_dots, plot_panels
+from effad_lib.charts import pareto_front, plot_curves, plot_distributions, plot_dots, plot_panels, plot_tradeoff
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +88,32 @@ def test_curves_have_a_panel_for_each_set_on_the_same_axes():
         assert ax.get_ylim() == shown[0].get_ylim()
     with pytest.raises(ValueError, match="no curves"):
         plot_curves({}, "severity", "AU-ROC")
+
+
+COST = pd.Series({"dear": 40.0, "small": 2.0, "beaten": 8.0, "middle": 5.0, "alike": 5.0})
+GAIN = pd.Series({"dear": 0.9, "small": 0.6, "beaten": 0.7, "middle": 0.8, "alike": 0.8})
+
+
+def test_the_front_has_whoever_is_not_beaten_at_its_cost():
+    assert pareto_front(COST, GAIN)[::2] == ["small", "dear"] and len(pareto_front(COST, GAIN)) == 3
+    assert pareto_front(COST, -GAIN) == ["small"]
+    assert pareto_front(COST, GAIN.replace(0.6, np.nan)) == pareto_front(COST, GAIN)[1:]
+
+
+def test_a_tradeoff_names_every_point_and_joins_the_front():
+    values = {"AU-ROC": GAIN, "loss": 1 - GAIN.drop("beaten")}
+    fig = plot_tradeoff(COST, values, "multiply-adds", lower=["loss"], bold=["dear"])
+    for ax, numbers in zip(fig.axes, values.values(), strict=True):
+        line, *points = ax.lines
+        front = pareto_front(COST, GAIN)
+        assert (
+            line.get_xdata().tolist() == COST[front].tolist() and line.get_ydata().tolist() == numbers[front].tolist()
+        )
+        assert sorted(text.get_text() for text in ax.texts) == sorted(numbers.index)
+        assert len(points) == len(numbers) and ax.get_xscale() == "log"
+    filled = {line.get_xdata()[0] for line in fig.axes[0].lines[1:] if line.get_fillstyle() == "full"}
+    assert filled == {2.0, 5.0, 40.0}
+    boxes = [text.get_window_extent() for text in fig.axes[0].texts]
+    assert not any(one.overlaps(other) for k, one in enumerate(boxes) for other in boxes[:k])
+    with pytest.raises(ValueError, match="no values to draw"):
+        plot_tradeoff(COST, {}, "multiply-adds", bold=[])

@@ -34,7 +34,7 @@ BLACK, WHITE = np.zeros_like(NOISE), np.full_like(NOISE, 255)
 def teacher(tmp_path_factory):
     """A random teacher of eight channels, of which one never answers and one is always the same."""
     torch.manual_seed(0)
-    weights = PDN("XS", 8).state_dict()
+    weights = {name: value.contiguous() for name, value in PDN("XS", 8).state_dict().items()}
     weights["head.weight"][0], weights["head.weight"][1] = 0, 0
     weights["head.bias"][0], weights["head.bias"][1] = 0, 3
     path = tmp_path_factory.mktemp("teacher") / "t.safetensors"

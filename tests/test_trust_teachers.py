@@ -27,7 +27,7 @@ NAN, INFINITE = float("nan"), float("inf")
 
 def layers(channels=8):
     torch.manual_seed(0)
-    return PDN("XS", channels).state_dict()
+    return {name: value.contiguous() for name, value in PDN("XS", channels).state_dict().items()}
 
 
 TEACHER_CARDS = {

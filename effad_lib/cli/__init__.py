@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 
 from effad_lib import __version__
-from effad_lib.cli import benchmarks, data, deployment, detectors, notebooks, teachers
+from effad_lib.cli import benchmarks, data, deployment, designs, detectors, notebooks, teachers
 from effad_lib.cli.options import Parser
 
 # A command imports what it needs when it runs, so that `effad --help` does not wait for torch.
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Command] = {
     "damage": (data.damage_options, data.damage),
     "distill": (teachers.distill_options, teachers.distill),
     "probe": (teachers.probe_options, teachers.probe),
+    "designs": (designs.designs_options, designs.designs),
     "train": (detectors.train_options, detectors.train),
     "evaluate": (detectors.evaluate_options, detectors.evaluate),
     "gallery": (detectors.gallery_options, detectors.gallery),

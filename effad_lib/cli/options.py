@@ -106,3 +106,12 @@ def as_teacher(name: str) -> str:
     from effad_lib.networks import PDN_LAYERS
 
     return name if name.upper() in PDN_LAYERS else as_path(name)
+
+
+def as_split(text: str, seed: int) -> Any:
+    """Return the `Split` that DATASET[/CATEGORY][=FOLDER] names."""
+    from effad_lib.datasets import load_dataset
+
+    name, _, folder = text.partition("=")
+    dataset, _, category = name.partition("/")
+    return load_dataset(dataset, root=as_path(folder), category=category, seed=seed)

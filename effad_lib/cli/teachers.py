@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from effad_lib.cli.options import add_options, as_path, as_teacher, given, settings_options
+from effad_lib.cli.options import add_options, as_path, as_split, as_teacher, given, settings_options
 
 
 def distill_options(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +57,7 @@ def probe(options: argparse.Namespace) -> int:
     cards = probing.read_cards(teachers, options.backbone) if options.record else []
     networks = probing.candidates(teachers, options.backbone, as_path(options.backbone_weights), seed=options.seed)
     networks = {name: network.to(device) for name, network in networks.items()}
-    splits = [_data(name, options.seed) for name in options.on]
+    splits = [as_split(name, options.seed) for name in options.on]
     table = probing.compare(networks, splits, tuple(options.image_size), bank=options.bank, seed=options.seed)
     print(table.round(3).to_string(na_rep="–"))
     if options.record:
@@ -67,12 +66,3 @@ def probe(options: argparse.Namespace) -> int:
         for path in probing.record(teachers, cards, table, {**settings, "images": images}):
             print(path)
     return 0
-
-
-def _data(text: str, seed: int) -> Any:
-    """Return the `Split` that DATASET[/CATEGORY][=FOLDER] names."""
-    from effad_lib.datasets import load_dataset
-
-    name, _, folder = text.partition("=")
-    dataset, _, category = name.partition("/")
-    return load_dataset(dataset, root=as_path(folder), category=category, seed=seed)

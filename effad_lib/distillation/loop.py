@@ -19,11 +19,11 @@ from effad_lib.backbones import file_sha256, load_backbone, weights_file
 from effad_lib.distillation.muon import Muon
 from effad_lib.distillation.processes import Processes, joined
 from effad_lib.distillation.settings import DistillationSettings
-from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation, prefetched
+from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation, photographs, prefetched
 from effad_lib.distillation.teachers import save_teacher
 from effad_lib.images import NaturalImages
 from effad_lib.memory import kept_memory
-from effad_lib.networks import PDN
+from effad_lib.networks import PDN, Layers
 from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, readable, resolve
 from effad_lib.settings import SettingsError, pick_device
@@ -60,27 +60,16 @@ def distil(settings: DistillationSettings) -> Run:
     process but for rounding. Raises `SettingsError`, `ImageError` or `RunError` before work starts. Algorithm 3.
     """
     run = Run(settings.run_folder)
-    folder = resolve(settings.images) if settings.images else ""
     with joined(pick_device(settings.device)) as (processes, device):
         if settings.batch_size % processes.count:
             raise SettingsError(
                 f"batch_size = {settings.batch_size}: {processes.count} processes cannot share it equally."
             )
         workers = 0 if device.type == "cpu" else (os.cpu_count() or 1) // processes.count
-        every = NaturalImages(folder, workers=workers)
-        if settings.held_out >= len(every):
-            where = f"in {folder}" if folder else "inside the installed packages"
-            raise SettingsError(
-                f"held_out = {settings.held_out}: only {len(every)} photographs are {where}. Hold out fewer, or name a "
-                f"folder of more in images."
-            )
-        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
-        held_out, natural = every.part(order[: settings.held_out]), every.part(sorted(order[settings.held_out :]))
-        for some in (natural, held_out) if len(held_out) else (natural,):
-            some.sample(1, settings.image_size, torch.Generator())  # raises if none can be read: now, not at the end
+        natural, held_out = photographs(settings, workers)
         backbone = load_backbone(settings.backbone, settings.backbone_weights, width=settings.channels).to(device)
         if processes.rank == 0:
-            run.start(settings, _sources(settings, folder, [*natural.paths, *held_out.paths]))
+            run.start(settings, sources(settings, [*natural.paths, *held_out.paths]))
         processes.wait()
         if not run.done:
             views = Views(settings, natural, backbone)
@@ -93,16 +82,25 @@ def distil(settings: DistillationSettings) -> Run:
 
 
 class Distiller:
-    """One distillation with everything that a checkpoint has to hold; `loop` runs it to its end."""
+    """One distillation with everything that a checkpoint has to hold; `loop` runs it to its end.
+
+    `layers` takes the place of those of the settings' size.
+    """
 
     def __init__(
-        self, settings: DistillationSettings, run: Run, views: Views, device: torch.device, processes: Processes
+        self,
+        settings: DistillationSettings,
+        run: Run,
+        views: Views,
+        device: torch.device,
+        processes: Processes,
+        layers: Layers | None = None,
     ) -> None:
         self.settings, self.run, self.views, self.device = settings, run, views, device
         self.processes = processes
         self.generator = torch.Generator().manual_seed(settings.seed)
         torch.manual_seed(settings.seed)
-        self.pdn = PDN(settings.size, settings.channels, settings.padding).to(device)
+        self.pdn = PDN(settings.size, settings.channels, settings.padding, layers).to(device)
         self.dtype = getattr(torch, settings.precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.seconds = 0, 0.0
@@ -181,7 +179,7 @@ class Distiller:
         """
 
         def draw() -> tuple[list, Tensor]:
-            drawn = self.views.natural.draw(self.settings.batch_size, self.generator)
+            drawn = self.views.drawn(self.settings.batch_size, self.generator)
             return drawn[self.processes.share], self.generator.get_state()
 
         def make(drawn: tuple[list, Tensor]) -> tuple[Tensor, Tensor]:
@@ -275,9 +273,10 @@ class Distiller:
         return error.mean().item(), [round(share, 3) for share in explained.tolist()]
 
 
-def _sources(settings: DistillationSettings, folder: Path | str, photographs: list[Path]) -> dict[str, str]:
+def sources(settings: DistillationSettings, paths: list[Path]) -> dict[str, str]:
     """Return what a distillation is made from: the hash of the backbone's file and of the photographs' names."""
-    names = "\n".join(sorted(str(path.relative_to(folder)) if folder else path.name for path in photographs))
+    folder = resolve(settings.images) if settings.images else ""
+    names = "\n".join(sorted(str(path.relative_to(folder)) if folder else path.name for path in paths))
     return {
         "backbone": file_sha256(weights_file(settings.backbone, settings.backbone_weights)),
         "photographs": hashlib.sha256(names.encode()).hexdigest(),

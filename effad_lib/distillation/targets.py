@@ -15,9 +15,31 @@ from effad_lib.backbones import Backbone
 from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.images import NaturalImages
 from effad_lib.networks import PDN, Normalise, feature_size, initialise
+from effad_lib.progress import progress
+from effad_lib.runs import resolve
 from effad_lib.settings import SettingsError
 
 Drawn, Made = TypeVar("Drawn"), TypeVar("Made")
+
+
+def photographs(settings: DistillationSettings, workers: int = 0) -> tuple[NaturalImages, NaturalImages]:
+    """Return the photographs to learn from and those held out, which are the same for every seed.
+
+    Raises `SettingsError` if too few are left to learn from and `ImageError` if none can be read.
+    """
+    folder = resolve(settings.images) if settings.images else ""
+    every = NaturalImages(folder, workers=workers)
+    if settings.held_out >= len(every):
+        where = f"in {folder}" if folder else "inside the installed packages"
+        raise SettingsError(
+            f"held_out = {settings.held_out}: only {len(every)} photographs are {where}. Hold out fewer, or name a "
+            f"folder of more in images."
+        )
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out, natural = every.part(order[: settings.held_out]), every.part(sorted(order[settings.held_out :]))
+    for some in (natural, held_out) if len(held_out) else (natural,):
+        some.sample(1, settings.image_size, torch.Generator())  # raises if none can be read: now, not at the end
+    return natural, held_out
 
 
 class Views:
@@ -26,8 +48,12 @@ class Views:
     def __init__(self, settings: DistillationSettings, natural: NaturalImages, backbone: Backbone) -> None:
         self.settings, self.natural, self.backbone = settings, natural, backbone
 
-    def large(self, drawn: list[tuple[int, list[float]]]) -> Tensor:
-        """Return views that `NaturalImages.draw` drew as the backbone sees them, [N, 3, 2H, 2W] in [0, 1]."""
+    def drawn(self, count: int, generator: torch.Generator) -> list:
+        """Draw what `count` random views are of; `large` makes them of it, or of a part of it."""
+        return self.natural.draw(count, generator)
+
+    def large(self, drawn: list) -> Tensor:
+        """Return the views that were `drawn` as the backbone sees them, [N, 3, 2H, 2W] in [0, 1]."""
         height, width = self.settings.image_size
         return self.natural.views(
             drawn,
@@ -39,7 +65,7 @@ class Views:
 
     def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the `pair` of `count` random views."""
-        return self.pair(self.large(self.natural.draw(count, generator)).to(device))
+        return self.pair(self.large(self.drawn(count, generator)).to(device))
 
     def pair(self, large: Tensor) -> tuple[Tensor, Tensor]:
         """Return normalised PDN images [N, 3, H, W] and raw backbone features on the PDN's own cells [N, C, h, w].
@@ -53,6 +79,35 @@ class Views:
             rows, columns = feature_size(self.settings.image_size, padding=False)
             features = features[..., 4 : 4 + rows, 4 : 4 + columns]
         return Normalise().to(large.device)(small), features
+
+
+class RecordedViews(Views):
+    """Views that are drawn once and kept, in half precision, with what the backbone says of them.
+
+    For several distillations from the same `count` views: each draws from these with replacement. What stands for a
+    view between `drawn` and `pair` is its number.
+    """
+
+    def __init__(self, views: Views, count: int, device: torch.device) -> None:
+        super().__init__(views.settings, views.natural, views.backbone)
+        generator, batch = torch.Generator().manual_seed(self.settings.seed), self.settings.batch_size
+        sizes = [min(batch, count - start) for start in range(0, count, batch)]
+        images, features = [], []
+        with torch.no_grad():
+            for size in progress(sizes, desc="recording views", leave=False):
+                image, feature = views.draw(size, generator, device)
+                images.append(image.half())
+                features.append(feature.half())
+        self.images, self.features = torch.cat(images), torch.cat(features)
+
+    def drawn(self, count: int, generator: torch.Generator) -> list[int]:
+        return torch.randint(len(self.images), (count,), generator=generator).tolist()
+
+    def large(self, drawn: list[int]) -> Tensor:
+        return torch.tensor(drawn)
+
+    def pair(self, large: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images[large].float(), self.features[large].float()
 
 
 def prefetched(
