@@ -43,7 +43,7 @@ COLUMNS = {
 
 OURS = frozenset(
     "run_folder dataset category data_root device seed cache_gb validate_every checkpoint_every ablation_steps "
-    "teacher penalty_images false_alarm_rate confidence levels".split()
+    "teacher penalty_images false_alarm_rate confidence levels compiled".split()
 )
 """Settings of a training on which the paper has nothing to say, or that `departures` words itself."""
 
