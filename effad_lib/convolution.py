@@ -118,7 +118,7 @@ class _Winograd(torch.autograd.Function):
         output_size = height - r + 1, width - r + 1
         if output.shape[2:] == output_size:
             return output
-        return output[..., : output_size[0], : output_size[1]].contiguous(memory_format=torch.channels_last)
+        return output[..., : output_size[0], : output_size[1]].clone(memory_format=torch.channels_last)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

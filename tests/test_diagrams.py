@@ -39,8 +39,8 @@ def test_fields_shows_what_a_cell_really_sees(image):
     box = whole.patches[0]
     assert (box.get_x(), box.get_y(), box.get_width()) == (27.5, 11.5, 33)
 
-    pixels = torch.from_numpy(image)[None].float().requires_grad_()
-    PDN("XS", 4)(pixels)[0, :, cell[0], cell[1]].sum().backward()
+    pixels = torch.from_numpy(image)[None].double().requires_grad_()
+    PDN("XS", 4).double()(pixels)[0, :, cell[0], cell[1]].sum().backward()
     rows, columns = np.nonzero(pixels.grad[0].abs().sum(dim=0).numpy())
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (12, 45, 28, 61)
 
