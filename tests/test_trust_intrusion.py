@@ -175,4 +175,4 @@ def test_nothing_is_unpacked_unpickled_or_evaluated(path):
         if name == "Image.open" and path.name != "photographs.py":  # whose pictures are those of installed packages
             assert "formats" in given
         if name.endswith("exec_module"):
-            assert path.name == "split.py"
+            assert path.name in ("split.py", "benchmark.py")  # the latter executes the project's own tests/literal.py
