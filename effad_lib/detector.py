@@ -66,7 +66,7 @@ class EfficientAD(nn.Module):
 
     def teacher_features(self, normalised: Tensor) -> Tensor:
         """Return the teacher's output, standardised per channel: T̂ = (T − μ)/σ, [N, C, h, w]."""
-        return self.teacher(normalised).sub_(self.teacher_mean).div_(self.teacher_std)
+        return (self.teacher(normalised) - self.teacher_mean).div_(self.teacher_std)
 
     def raw_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the student–teacher and student–autoencoder maps [N, 1, h, w] on the PDN's grid, not normalised."""

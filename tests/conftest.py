@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import resource
+import shutil
 import signal
 
 import numpy as np
@@ -104,3 +105,14 @@ def picture():
         return path
 
     return write
+
+
+@pytest.fixture
+def run(evaluated_run, tmp_path):
+    """The evaluated run and its data set as copies of one's own."""
+    for name in ("data", "run"):
+        shutil.copytree(evaluated_run.with_name(name), tmp_path / name)
+    for name in ("scores.csv", "parameters.yaml"):
+        text = (tmp_path / "run" / name).read_text(encoding="utf-8")
+        (tmp_path / "run" / name).write_text(text.replace(str(evaluated_run.parent), str(tmp_path)), encoding="utf-8")
+    return tmp_path / "run"

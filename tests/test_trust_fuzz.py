@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Iterator
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -22,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
-from trust import is_ours
+from trust import is_ours, notebook_folder
 
 from effad_lib.backbones import file_sha256
 from effad_lib.datasets import Split, load_dataset, verify_masks
@@ -140,7 +139,6 @@ def test_images_and_masks(place, data, size, levels):
 
 # --- YAML -----------------------------------------------------------------------------------------------------------
 
-CELL = 'run_folder = "runs/one"\nrate = 1e-3\nsteps = 10\nsizes = [64, 64]\nseed = 0\ntext = ""\nflag = False\n'
 GIVEN = {"rate": 0.5, "steps": 3, "sizes": [64, 96], "text": "{run}", "flag": True}
 SHIPPED = [path.read_bytes() for kind in ("profiles", "sweeps") for path in sorted((NOTEBOOKS / kind).glob("*.yaml"))]
 SIGNS = st.text(st.sampled_from("ab1-.:,[]{}&*!|>'\"#%@<~? \n\t\\0e_/=é\x00\ufeff"), max_size=60)
@@ -155,12 +153,7 @@ SWEEPS = changed(
 @pytest.fixture(scope="module")
 def notebooks(place):
     """A folder with one notebook, for profiles and sweeps."""
-    folder = place / "notebooks"
-    for kind in ("profiles", "sweeps"):
-        (folder / kind).mkdir(parents=True)
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL, metadata={"tags": ["parameters"]})])
-    nbformat.write(notebook, folder / "one.ipynb")
-    return folder
+    return notebook_folder(place)
 
 
 @fuzz

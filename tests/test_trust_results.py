@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import zipfile
 
@@ -36,17 +35,6 @@ BROKEN = {  # contents of a file that should hold names with values in JSON
     "no text": b"\xff\xfe\x00",
     "deep": b"[" * 100_000,
 }
-
-
-@pytest.fixture
-def run(evaluated_run, tmp_path):
-    """A copy of the evaluated run beside its data."""
-    for name in ("data", "run"):
-        shutil.copytree(evaluated_run.with_name(name), tmp_path / name)
-    for name in ("scores.csv", "parameters.yaml"):
-        text = (tmp_path / "run" / name).read_text(encoding="utf-8")
-        (tmp_path / "run" / name).write_text(text.replace(str(evaluated_run.parent), str(tmp_path)), encoding="utf-8")
-    return tmp_path / "run"
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------

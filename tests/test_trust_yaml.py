@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import nbformat
 import pytest
-from trust import command_refused, files, refused
+from trust import command_refused, files, notebook_folder, refused
 
 from effad_lib.documents import read_yaml
 from effad_lib.profiles import load_profile
 from effad_lib.sweeps import load_sweep
 
-CELL = """run_folder = "runs/one"
-dataset = "folder"
-rate = 1e-3
-steps = 10
-sizes = [64, 64]
-seed = 0
-text = ""
-flag = False
-"""
-
 
 @pytest.fixture
 def load(tmp_path):
     """A function that writes a text or bytes as profile and as sweep, and returns what loads each of them."""
-    folder = tmp_path / "notebooks"
-    for kind in ("profiles", "sweeps"):
-        (folder / kind).mkdir(parents=True)
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL, metadata={"tags": ["parameters"]})])
-    nbformat.write(notebook, folder / "one.ipynb")
+    folder = notebook_folder(tmp_path)
 
     def write(content):
         for kind in ("profiles", "sweeps"):

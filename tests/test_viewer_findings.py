@@ -19,17 +19,6 @@ from effad_lib.viewer import of_images, of_maps, of_run
 from effad_lib.viewer.findings import UNKNOWN
 
 
-@pytest.fixture
-def run(evaluated_run, tmp_path):
-    """The evaluated run and its data set as copies of one's own."""
-    for name in ("data", "run"):
-        shutil.copytree(evaluated_run.with_name(name), tmp_path / name)
-    for name in ("scores.csv", "parameters.yaml"):
-        text = (tmp_path / "run" / name).read_text(encoding="utf-8")
-        (tmp_path / "run" / name).write_text(text.replace(str(evaluated_run.parent), str(tmp_path)), encoding="utf-8")
-    return tmp_path / "run"
-
-
 def shown(findings):
     return [sample.image.name for sample in findings.samples]
 

@@ -7,9 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 
 from effad_lib.cli import main
+
+CELL = """run_folder = "runs/one"
+dataset = "folder"
+rate = 1e-3
+steps = 10
+sizes = [64, 64]
+seed = 0
+text = ""
+flag = False
+"""
 
 
 class Malicious:
@@ -51,3 +62,13 @@ def command_refused(capsys: pytest.CaptureFixture[str], arguments: list[object],
 def files(folder: Path) -> dict[str, bytes]:
     """Return all files below a folder by their names, with their content: to see that nothing was written."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def notebook_folder(parent: Path) -> Path:
+    """Make a folder with one notebook of a few parameters and empty ones for profiles and sweeps; return it."""
+    folder = parent / "notebooks"
+    for kind in ("profiles", "sweeps"):
+        (folder / kind).mkdir(parents=True)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL, metadata={"tags": ["parameters"]})])
+    nbformat.write(notebook, folder / "one.ipynb")
+    return folder

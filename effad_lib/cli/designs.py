@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from effad_lib.cli.options import Option, add_options, as_split, given, settings_options
+from effad_lib.cli.options import Option, add_data_sets, add_options, as_split, given, settings_options
 
 
 def designs_options(parser: argparse.ArgumentParser) -> None:
@@ -13,13 +13,7 @@ def designs_options(parser: argparse.ArgumentParser) -> None:
 
     known = ", ".join(DESIGNS)
     parser.add_argument("names", nargs="*", metavar="DESIGN", default=list(DESIGNS), help=f"{known} (default: all)")
-    parser.add_argument(
-        "--on",
-        nargs="+",
-        default=["elpv/mono"],
-        metavar="DATA",
-        help="data sets to probe on, each DATASET[/CATEGORY][=FOLDER] (default: elpv/mono)",
-    )
+    add_data_sets(parser)
     parser.add_argument("--out", default="designs.csv", metavar="FILE", help="gets the table (default: designs.csv)")
     parser.add_argument("--views", type=int, default=4000, help="that all designs learn from (default: 4000)")
     parser.add_argument(

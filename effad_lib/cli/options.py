@@ -49,6 +49,17 @@ def add_options(parser: argparse.ArgumentParser, options: Iterable[Option]) -> N
             parser.add_argument(flag, type=hint, metavar=hint.__name__.upper(), **common)
 
 
+def add_data_sets(parser: argparse.ArgumentParser) -> None:
+    """Add `--on`, the data sets that teachers are probed on, each read by `as_split`."""
+    parser.add_argument(
+        "--on",
+        nargs="+",
+        default=["elpv/mono"],
+        metavar="DATA",
+        help="data sets, each DATASET[/CATEGORY][=FOLDER], such as mvtec_ad/screw=data/mvtec_ad (default: elpv/mono)",
+    )
+
+
 def settings_options(settings: type) -> list[Option]:
     """Return an option for each field of a settings dataclass, its help taken from the comment beside the field."""
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", inspect.getsource(settings), re.MULTILINE))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from effad_lib.cli.options import add_options, as_path, as_split, as_teacher, given, settings_options
+from effad_lib.cli.options import add_data_sets, add_options, as_path, as_split, as_teacher, given, settings_options
 
 
 def distill_options(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +30,7 @@ def distill(options: argparse.Namespace) -> int:
 def probe_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad probe`."""
     parser.add_argument("teachers", nargs="+", metavar="TEACHER", help="a size (the shipped teacher) or a weights file")
-    parser.add_argument(
-        "--on",
-        nargs="+",
-        default=["elpv/mono"],
-        metavar="DATA",
-        help="data sets, each DATASET[/CATEGORY][=FOLDER], such as mvtec_ad/screw=data/mvtec_ad (default: elpv/mono)",
-    )
+    add_data_sets(parser)
     parser.add_argument(
         "--image-size", nargs=2, type=int, default=[256, 256], metavar="PIXELS", help="(default: 256 256)"
     )
