@@ -221,7 +221,7 @@ def initialise(pdn: PDN, images: Tensor) -> Tensor:
     features = images
     for layer in [*pdn.trunk, pdn.head]:
         if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)
+            layer.weight.copy_(nn.init.kaiming_normal_(torch.empty(layer.weight.shape)))  # whatever its order in memory
             nn.init.zeros_(layer.bias)
             layer.weight /= layer(features).std().clamp(min=1e-6)
         if layer is not pdn.head:

@@ -184,3 +184,14 @@ def test_images_below_64_pixels_are_refused_by_name(shape):
         networks.feature_size(shape, padding=False)
     with pytest.raises(ValueError, match=message):
         Autoencoder("S", 4)(torch.zeros(1, 3, *shape))
+
+
+def test_a_seed_gives_the_same_weights_whatever_their_order_in_memory():
+    batch = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    drawn = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        network = PDN("XS", 8).to(memory_format=order)
+        torch.manual_seed(3)
+        networks.initialise(network, batch)
+        drawn.append([weight.detach() for weight in network.parameters()])
+    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-6)
