@@ -6,7 +6,7 @@ import importlib.util
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -48,10 +48,17 @@ class BenchmarkSettings(Settings):
         for size in self.sizes:
             check_network(size)
         check_size(self.image_size)
+        for name in ("sizes", "precisions"):
+            self.require(len(getattr(self, name)) > 0, name, "at least one name")
         self.require(self.seconds > 0, "seconds", "a number above 0")
         self.require(self.threads >= 0, "threads", "a number of threads, or 0 for all cores")
         for precision in self.precisions:  # says what is wrong with the others
             TrainingSettings(precision=precision, compiled=self.compiled, device=self.device)
+
+    @property
+    def cores(self) -> int:
+        """The number of threads, spelt out."""
+        return self.threads or cores()
 
 
 def literal_algorithms() -> ModuleType | None:
@@ -66,14 +73,10 @@ def literal_algorithms() -> ModuleType | None:
 
 
 @contextmanager
-def trainer_of(
-    size: str, image_size: Size, *, images: int = 8, batch_size: int = 1, cache_gb: float = 2.0, **settings: object
-) -> Iterator[Trainer]:
+def trainer_of(size: str, image_size: Sequence[int], *, images: int = 8, **settings: object) -> Iterator[Trainer]:
     """Yield a training of random images and networks that is ready for its first step, in a folder that is deleted."""
     with tempfile.TemporaryDirectory() as folder:
-        chosen = TrainingSettings(
-            run_folder=folder, size=size, image_size=image_size, batch_size=batch_size, cache_gb=cache_gb, **settings
-        )
+        chosen = TrainingSettings(run_folder=folder, size=size, image_size=image_size, **settings)
         torch.manual_seed(0)
         detector = EfficientAD(size, image_size=tuple(image_size)).to(pick_device(chosen.device))
         pixels = torch.randint(0, 256, (images, 3, *image_size), dtype=torch.uint8)
@@ -133,15 +136,15 @@ def training_table(settings: BenchmarkSettings, literal: ModuleType | None) -> p
     """Time one training step of each size and precision, and of the literal algorithm, all in turn in one run.
 
     Returns for each size, program and precision: median_ms, p99_ms, calls, ratio (how much faster than the literal
-    step of the same size), tflop (of the layers, for one step as the literal algorithm takes it) and share_of_peak
+    step of the same size), gflop (of the layers, for one step as the literal algorithm takes it) and share_of_peak
     (that work by time, by the machine's float32 peak; a program that needs less work may exceed 1), first_loss.
     """
-    calls, work, losses = {}, {}, {}
+    torch.set_num_threads(settings.cores)
+    calls, work = {}, {}
     with ExitStack() as stack, kept_memory():
         for size in settings.sizes:
             for precision in settings.precisions:
-                compiled = settings.compiled if precision != "float16" else ""
-                how = {"precision": precision, "device": settings.device, "compiled": compiled}
+                how = {"precision": precision, "device": settings.device, "compiled": settings.compiled}
                 trainer = stack.enter_context(trainer_of(size, settings.image_size, **how))
                 if literal and size != "XS" and (size, "literal", "float32") not in calls:
                     calls[size, "literal", "float32"] = literal_step(literal, trainer)
@@ -149,7 +152,7 @@ def training_table(settings: BenchmarkSettings, literal: ModuleType | None) -> p
             work[size] = step_flop(trainer.detector, settings.image_size)
         losses = {key: call() for key, call in calls.items()}
         table = measure(calls, seconds=settings.seconds)
-    best = peak(trainer.device, settings.threads or cores())
+    best = peak(trainer.device, settings.cores)
     table = table.rename_axis(["size", "program", "precision"]).reset_index()
     slowest = table[table["program"] == "literal"].set_index("size")["median_ms"]
     table["ratio"] = table["size"].map(slowest) / table["median_ms"]
@@ -206,19 +209,15 @@ def growth_table(settings: BenchmarkSettings) -> pd.DataFrame:
     cases = [(size, grows, value) for size in settings.sizes for grows, values in GROWTH.items() for value in values]
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
         for size, grows, value in progress(cases, desc="growing"):
-            given = {"images": GROWTH["images"][0], "side": 128 if grows == "batch" else 64, "batch": 1} | {
-                grows: value
-            }
-            found = processes.submit(cost, size, **given, threads=settings.threads, device=settings.device).result()
+            given = {"images": 10, "side": 128 if grows == "batch" else 64, "batch": 1, grows: value}
+            found = processes.submit(cost, size, **given, threads=settings.cores, device=settings.device).result()
             rows.append({"size": size, "grows": grows, "value": value} | found)
     return pd.DataFrame(rows)
 
 
-def cost(
-    size: str, *, images: int, side: int, batch: int, threads: int, device: str, calls: int = 3
-) -> dict[str, float]:
+def cost(size: str, *, images: int, side: int, batch: int, threads: int, device: str) -> dict[str, float]:
     """Return start_s, step_ms, detect_ms and peak_mb of one training; meant for a process of its own."""
-    torch.set_num_threads(threads or cores())
+    torch.set_num_threads(threads)
     began = time.perf_counter()
     with trainer_of(size, (side, side), images=images, batch_size=batch, device=device) as trainer, kept_memory():
         start = time.perf_counter() - began
@@ -236,8 +235,7 @@ def cost(
 
 def tables(settings: BenchmarkSettings) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield the wanted tables one after the other, each with its name; `attrs["where"]` names machine and versions."""
-    threads = settings.threads or cores()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(settings.cores)  # which the device's name tells
     device = pick_device(settings.device)
     where = f"{device_name(device)}, torch {torch.__version__}"
     literal = literal_algorithms()

@@ -18,7 +18,7 @@ def test_the_literal_algorithm_is_that_of_the_tests():
 
 
 def test_both_steps_take_the_same_way():
-    """Three steps each from the same weights on the same images: the losses fall alike. Batch norm, there is none."""
+    """Three steps each from the same weights on the same images: the losses fall alike."""
     with benchmark.trainer_of("S", (64, 64), batch_size=2, device="cpu") as trainer:
         trainer.detector.autoencoder.decoder.apply(lambda layer: setattr(layer, "p", 0.0))  # no dropout
         theirs, ours = benchmark.literal_step(literal, trainer), benchmark.library_step(trainer)
@@ -88,6 +88,8 @@ def test_growth_has_a_row_for_each_case(monkeypatch):
     "wrong, message",
     [
         ({"sizes": ["L"]}, "unknown network size 'L'"),
+        ({"sizes": []}, "sizes takes at least one name"),
+        ({"precisions": []}, "precisions takes at least one name"),
         ({"seconds": 0.0}, "seconds takes a number above 0"),
         ({"threads": -1}, "threads takes"),
         ({"precisions": ["int4"]}, "precision takes one of"),
