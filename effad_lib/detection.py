@@ -8,7 +8,6 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -187,12 +186,7 @@ def detect_one(
     figure = plots.heatmap_panel(
         image, heat, mask, scale=scale, threshold=detector.threshold, marked=marked, title=title
     )
-    try:
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=100)
-    finally:
-        plt.close(figure)
-    write_bytes(inside(out, "heatmaps", f"{name}.png"), drawn.getvalue())
+    write_bytes(inside(out, "heatmaps", f"{name}.png"), plots.as_png(figure))
     return score, None if marked is None else float(marked.mean())
 
 

@@ -22,18 +22,21 @@ def kept_memory() -> Iterator[None]:
     as it is first written, which takes about a tenth of a training step on a CPU. Elsewhere than in glibc nothing
     happens.
     """
-    libc = _glibc()
-    if libc is None:
-        yield
-        return
-    libc.mallopt(MMAP_THRESHOLD, 2**30)
-    libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    keep_memory()
     try:
         yield
     finally:
-        libc.mallopt(MMAP_THRESHOLD, DEFAULT)
-        libc.mallopt(TRIM_THRESHOLD, DEFAULT)
-        libc.malloc_trim(0)
+        if libc := _glibc():
+            libc.mallopt(MMAP_THRESHOLD, DEFAULT)
+            libc.mallopt(TRIM_THRESHOLD, DEFAULT)
+            libc.malloc_trim(0)
+
+
+def keep_memory() -> None:
+    """Let the C library keep large blocks that are freed, for as long as the process lives."""
+    if libc := _glibc():
+        libc.mallopt(MMAP_THRESHOLD, 2**30)
+        libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _glibc() -> ctypes.CDLL | None:

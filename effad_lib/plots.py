@@ -6,6 +6,7 @@ on a scale of its own every good image looks defective. Figures are 9 inches wid
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -43,6 +44,16 @@ Scale = tuple[float, float]
 def plain(text: str) -> str:
     """Return a text, such as a file's name, for a figure: a dollar sign in it would start mathematics in matplotlib."""
     return text.replace("$", r"\$") if isinstance(text, str) else text
+
+
+def as_png(figure: Figure, dpi: int = 100) -> bytes:
+    """Return a figure as a PNG file's content, to be written whole or not at all, and close it."""
+    packed = io.BytesIO()
+    try:
+        figure.savefig(packed, format="png", dpi=dpi)
+    finally:
+        plt.close(figure)
+    return packed.getvalue()
 
 
 def plot_images(

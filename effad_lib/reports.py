@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -17,7 +16,7 @@ from effad_lib.batch import departures
 from effad_lib.evaluation import MAP_NAMES, Evaluation, worst_mistakes
 from effad_lib.images import Size, load_images
 from effad_lib.published import PUBLISHED_DATA, published
-from effad_lib.runs import Run, RunError, from_project, resolve, write_text
+from effad_lib.runs import Run, RunError, from_project, resolve, write_bytes, write_text
 from effad_lib.settings import SettingsError
 from effad_lib.training import TrainingSettings
 
@@ -72,7 +71,6 @@ def write_report(folder: str | Path, found: Evaluation, image_size: Size, result
     """
     folder = resolve(folder)
     beside = html.escape(beside_published([folder]))
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
     data = html.escape(str(result["data"]))
     parts = [f"<h1>{data}</h1>", *(f"<p>{html.escape(note)}</p>" for note in found.notes)]
     values = {name: value for name, value in result.items() if name != "data"}
@@ -89,8 +87,7 @@ def write_report(folder: str | Path, found: Evaluation, image_size: Size, result
                 f"<h2>{title}</h2>{table.rename_axis(None).to_html(border=0, na_rep='–', float_format='{:.3f}'.format)}"
             )
     for name, caption, figure in figures(found, image_size):
-        figure.savefig(folder / "figures" / f"{name}.png", dpi=100)
-        plt.close(figure)
+        write_bytes(folder / "figures" / f"{name}.png", plots.as_png(figure))
         parts.append(f'<h2>{html.escape(caption)}</h2><img src="figures/{name}.png" alt="{html.escape(caption)}">')
     parts.append(f"<h2>Beside the published figures</h2><pre>{beside}</pre>")
     page = f'<!doctype html><meta charset="utf-8"><title>{data}</title><style>{STYLE}</style>{"".join(parts)}\n'

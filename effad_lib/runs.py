@@ -178,10 +178,13 @@ class Run:
             )
 
     def start(self, settings: Settings, sources: dict[str, str] | None = None) -> None:
-        """`check` the folder, then write `parameters.yaml` and `sources.json`: a resumed run never mixes settings."""
+        """`check` the folder, then write `sources.json` and `parameters.yaml`: a resumed run never mixes settings.
+
+        The settings come last: only with them does a folder count as that of a run.
+        """
         self.check(settings, sources)
-        write_text(self.folder / "parameters.yaml", yaml.safe_dump(settings.as_dict(), sort_keys=False))
         write_json(self.folder / "sources.json", sources or {})
+        write_text(self.folder / "parameters.yaml", yaml.safe_dump(settings.as_dict(), sort_keys=False))
 
     def save_checkpoint(self, name: str, state: dict[str, Any]) -> Path:
         """Save `state` (tensors and plain types only) as `checkpoints/<name>.pt`, whole or not at all."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional
+from trust import files
 
 from effad_lib import export as exporting
 from effad_lib.calibration import calibrate
@@ -22,7 +23,7 @@ from effad_lib.detector import EfficientAD
 from effad_lib.engines import CARD, OUTPUTS, load_exported
 from effad_lib.export import ExportError, ExportSettings, export, parity, resize, with_defects
 from effad_lib.images import find_images, load_images, packaged_photographs, read_image
-from effad_lib.runs import PROJECT, Run
+from effad_lib.runs import PROJECT, Run, RunError
 from effad_lib.settings import SettingsError
 
 
@@ -187,6 +188,25 @@ def test_an_export_that_differs_is_refused_and_leaves_nothing(trained, normals, 
     assert not out.parent.exists()
     path, found = export(file, ExportSettings(compare=2), normals=normals, out=out, force=True)
     assert found.faults and load_exported(path).card["export"]["parity"]["forced"]
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_an_export_that_cannot_be_written_leaves_the_one_before(trained, tmp_path, monkeypatch, written):
+    """Of OpenVINO's two files neither is replaced."""
+    graph = exporting.to_onnx(trained()[0], input_size=(64, 64))
+    model = exporting.convert(graph, ExportSettings(to="openvino"), noise(1, 64, 64))
+    exporting.save(model, {}, tmp_path / "m.xml")
+    before, write, sound = files(tmp_path), exporting.write_bytes, iter([True] * written)
+
+    def full(path, data):
+        if next(sound, False):
+            return write(path, data)
+        raise RunError(f"cannot write {path}")
+
+    monkeypatch.setattr(exporting, "write_bytes", full)
+    with pytest.raises(RunError):
+        exporting.save(model, {"another": 1}, tmp_path / "m.xml")
+    assert files(tmp_path) == before
 
 
 def test_the_comparison_counts_what_it_says(small_detector):

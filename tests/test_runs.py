@@ -115,6 +115,18 @@ def test_a_run_is_continued_from_its_own_sources_only(tmp_path):
         run.start(Example(), {"teacher": "a" * 64})
 
 
+def test_a_run_that_was_stopped_between_its_first_files_is_begun_again(tmp_path, monkeypatch):
+    run, write = Run(tmp_path), runs.write_bytes
+    for count in (0, 1):
+        left = iter([None] * count)
+        monkeypatch.setattr(runs, "write_bytes", lambda *args, left=left: (next(left), write(*args))[1])
+        with pytest.raises(StopIteration):
+            run.start(Example(), {"teacher": "a" * 64})
+    monkeypatch.undo()
+    run.start(Example(), {"teacher": "a" * 64})
+    assert run.parameters == Example().as_dict() and run.sources == {"teacher": "a" * 64}
+
+
 def test_a_parameter_that_did_not_exist_then_is_another_setting(tmp_path):
     (tmp_path / "parameters.yaml").write_text("steps: 10\n")
     with pytest.raises(RunError, match="device: None there, 'cpu' now"):

@@ -245,7 +245,7 @@ def _to_openvino(model: Any) -> Any:
 
 
 def save(model: Any, card: dict[str, Any], target: Path) -> Path:
-    """Write a model with its card, whole or not at all."""
+    """Write a model with its card, whole or not at all; an earlier one stays until the whole new one is written."""
     text = json.dumps(card, allow_nan=False)
     if target.suffix == ".onnx":
         del model.metadata_props[:]
@@ -257,7 +257,15 @@ def save(model: Any, card: dict[str, Any], target: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "model.xml"
         openvino.save_model(model, whole, compress_to_fp16=False)
-        # Never the one beside another's other half: without its .xml a .bin is nothing.
-        target.unlink(missing_ok=True)
-        write_bytes(target.with_suffix(".bin"), whole.with_suffix(".bin").read_bytes())
-        return write_bytes(target, whole.read_bytes())
+        halves = {path: path.with_name(f".{path.name}.new") for path in (target.with_suffix(".bin"), target)}
+        try:
+            for path, new in halves.items():
+                write_bytes(new, whole.with_suffix(path.suffix).read_bytes())
+            # Never the one beside another's other half: without its .xml a .bin is nothing.
+            target.unlink(missing_ok=True)
+            for path, new in halves.items():
+                new.replace(path)
+        finally:
+            for new in halves.values():
+                new.unlink(missing_ok=True)
+    return target

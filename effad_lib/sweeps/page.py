@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 
 from effad_lib.charts import plot_table
+from effad_lib.plots import as_png
 from effad_lib.reports import STYLE, beside_published
-from effad_lib.runs import write_text
+from effad_lib.runs import write_bytes, write_text
 from effad_lib.sweeps.plan import Sweep, SweepRun
 from effad_lib.sweeps.results import evaluated, links, means, shown
 
@@ -44,8 +44,7 @@ def write_page(sweep: Sweep, done: Sequence[SweepRun], rows: Mapping[str, Mappin
             f"<h2>Means over seeds</h2>{shown(table).reset_index().to_html(border=0, index=False, na_rep='–')}"
         )
         figure = plot_table(heat_table(table), "image AU-ROC", scale=(0.5, 1.0))
-        figure.savefig(sweep.folder / "heat.png", dpi=100)
-        plt.close(figure)
+        write_bytes(sweep.folder / "heat.png", as_png(figure))
         parts.append('<h2>Image AU-ROC, mean over seeds</h2><img src="heat.png" alt="Image AU-ROC, mean over seeds">')
     parts.append(f"<h2>Runs</h2>{_runs(sweep, rows)}")
     if measured:

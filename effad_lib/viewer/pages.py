@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +13,7 @@ from matplotlib.colors import Normalize
 from PIL import Image
 
 from effad_lib.images import ImageError
-from effad_lib.plots import BARE, WIDTH, plain
+from effad_lib.plots import BARE, WIDTH, as_png, plain
 from effad_lib.progress import progress
 from effad_lib.runs import RunError, write_bytes, write_text
 from effad_lib.viewer.drawings import colour_bar, histogram
@@ -78,11 +77,9 @@ def print_png(findings: Findings, picture: Picture, state: State, *, dpi: int = 
         figure.suptitle(plain(heading(findings, state) + decided), fontsize=10)
         if legend := ", ".join(OUTLINE_LABELS[name] for name in state.outlines):
             figure.supxlabel(f"outlines: {legend}", fontsize=7)
-        packed = io.BytesIO()
-        figure.savefig(packed, format="png", dpi=dpi)
+        return as_png(figure, dpi)
     finally:
         plt.close(figure)
-    return packed.getvalue()
 
 
 def write_gallery(findings: Findings, folder: str | Path) -> Path:

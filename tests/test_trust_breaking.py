@@ -1,0 +1,209 @@
+"""Killed anywhere, or on a disk that is full or read only: nothing half-written is left, and it ends as undisturbed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from breaking import NO_DISK, Ended, Fault, Job, check_same, contents, run
+from PIL import Image
+from safetensors.torch import save_file
+
+from effad_lib.cli import main
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks for processes in /proc"),
+]
+
+KILLS = int(os.environ.get("EFFAD_KILLS", "1"))
+"""How often each job is killed, and how many faults of its disk it meets of each kind."""
+
+NAMES = ["train", "distill", "synthesize", "damage", "evaluate", "export", "openvino", "detect", "watch", "gallery"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Images of stripes in the layout of MVTec AD, with a dent in some."""
+    folder, rng = tmp_path_factory.mktemp("given") / "data", np.random.default_rng(0)
+    rows = np.arange(64)[:, None, None]
+    for kind, count in (("train/good", 16), ("test/good", 4), ("test/dent", 4)):
+        (folder / kind).mkdir(parents=True)
+        for k in range(count):
+            image = 128 + 60 * np.sin(rows / 3 + rng.uniform(0, 6)) + rng.normal(0, 8, (64, 64, 3))
+            if kind == "test/dent":
+                image[20:36, 20:44] = 20
+                truth = np.zeros((64, 64), np.uint8)
+                truth[20:36, 20:44] = 255
+                path = folder / "ground_truth" / "dent" / f"{k}_mask.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(truth).save(path)
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / kind / f"{k}.png")
+    return folder
+
+
+def training(data: Path) -> list[str]:
+    settings = f"--dataset folder --data-root {data} --size XS --image-size 64 64 --steps 40 --validate-every 10"
+    return f"train --run-folder {{folder}} {settings} --checkpoint-every 4 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def trained(data):
+    """The run folder of a training, to be measured, exported and used."""
+    folder = data.parent / "run"
+    assert main([argument.format(folder=folder) for argument in training(data)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(data):
+    torch.manual_seed(0)
+    path = data.parent / "resnet18.safetensors"
+    save_file(torchvision.models.resnet18(weights=None).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def job(request, data) -> Job:
+    """The job of a name, small enough to be begun anew again and again."""
+    name = request.param
+    asked = request.getfixturevalue
+    if name == "train":
+        return Job(training(data))
+    if name == "distill":
+        settings = "--size XS --channels 16 --image-size 64 64 --backbone resnet18 --statistics-images 16 --steps 40"
+        given = f"--images {data / 'train'} --backbone-weights {asked('backbone')} --checkpoint-seconds 0.01"
+        return Job(f"distill --run-folder {{folder}} {settings} {given} --batch-size 2 --device cpu".split())
+    if name == "synthesize":
+        counts = "--train 24 --test-good 6 --test-per-defect 2 --image-size 64 64 --workers 2"
+        return Job(f"synthesize gasket {{folder}} {counts}".split())
+    if name == "damage":
+        photographs = data / "train" / "good"
+        return Job(f"damage {photographs} {{folder}} --test-good 3 --test-per-defect 2 --workers 2".split())
+    run_folder = asked("trained")
+    if name == "evaluate":
+        return Job("evaluate {folder} --device cpu".split(), given=run_folder)
+    if name == "gallery":
+        return Job(["gallery", str(asked("evaluated")), "--out", "{folder}/gallery"])
+    if name in ("export", "openvino"):
+        kind, suffix = ("onnx", ".onnx") if name == "export" else ("openvino", ".xml")
+        return Job(f"export {run_folder} --to {kind} --compare 2 --out {{folder}}/model{suffix}".split())
+    detect = f"detect {run_folder} {data / 'test'} --out {{folder}} --save-maps --save-masks --device cpu"
+    detect = detect.replace(str(run_folder), str(run_folder / "model.safetensors"))
+    if name == "detect":
+        return Job(detect.split())
+    return Job([*detect.split(), "--watch"], until=lambda folder: len(list(folder.rglob("results/*/*.json"))) == 8)
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    """The training, measured."""
+    job = Job("evaluate {folder} --device cpu".split(), given=trained)
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    job.prepare(folder)
+    assert run(job, folder).code == 0
+    return folder
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """How a job ends when nothing happens, what all files in its folder say then, and how many bytes they are."""
+
+    ended: Ended
+    contents: dict[str, Any]
+    size: int
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a job works, again and again: some files name it."""
+    return tmp_path_factory.mktemp("work") / "out"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job, folder) -> Undisturbed:
+    job.prepare(folder)
+    ended = run(job, folder)
+    assert ended.code == 0, ended.said
+    return Undisturbed(ended, contents(folder), size_of(folder))
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_killed_anywhere_it_goes_on_and_ends_as_undisturbed(job, undisturbed, folder, request):
+    """At a random moment, or with a random file half or wholly written; all that is seen then is whole."""
+    name = request.node.callspec.params["job"]
+    rng, kills = random.Random(name), 0
+    job.prepare(folder)
+    while True:
+        fault, moment = Fault(), None
+        if kills < KILLS and (kills + NAMES.index(name)) % 2:
+            moment = rng.uniform(0, undisturbed.ended.seconds)
+        elif kills < KILLS:
+            fault = Fault(rng.randint(1, undisturbed.ended.files), rng.random() < 0.5)
+        again = run(job, folder, fault, moment)
+        if again.code == -signal.SIGKILL:
+            kills += 1
+            contents(folder)
+            continue
+        assert again.code == 0, again.said
+        check_same(contents(folder), undisturbed.contents)
+        if kills == KILLS:
+            return
+        job.prepare(folder)
+
+
+def test_a_disk_that_becomes_read_only_is_one_clear_error(job, undisturbed, folder, request):
+    rng = random.Random(request.node.name)
+    for _ in range(KILLS):
+        job.prepare(folder)
+        fault = Fault(rng.randint(1, undisturbed.ended.files), cut=True, read_only=True)
+        check_refused(run(job, folder, fault), os.strerror(errno.EROFS))
+        assert not list(folder.rglob("*.partial"))
+        contents(folder)
+        check_goes_on(job, folder, undisturbed)
+
+
+def test_a_disk_that_fills_up_is_one_clear_error(job, undisturbed, folder, request):
+    """A real disk, of which every writer hears, also those of other libraries."""
+    rng = random.Random(request.node.name)
+    job.prepare(folder)
+    given = size_of(folder)
+    for _ in range(KILLS):
+        job.prepare(folder)
+        size = given + int(rng.uniform(0.05, 0.8) * (undisturbed.size - given))
+        full = run(job, folder, Fault(disk=size))
+        if full.code == NO_DISK:
+            pytest.skip("this user may not make a disk")
+        check_refused(full, os.strerror(errno.ENOSPC))
+        shutil.rmtree(folder)
+        folder.with_name("left").rename(folder)
+        contents(folder)
+        check_goes_on(job, folder, undisturbed)
+
+
+def check_refused(ended: Ended, says: str) -> None:
+    """An error is one line of ours with what the system says, and nothing of Python's."""
+    errors = [line for line in ended.said.splitlines() if line.startswith("effad: ")]
+    assert ended.code == 2 and len(errors) == 1 and says in errors[0], ended
+    assert "Traceback" not in ended.said and "Exception" not in ended.said, ended.said
+
+
+def check_goes_on(job: Job, folder: Path, undisturbed: Undisturbed) -> None:
+    """Started again on a sound disk, it ends as if nothing had been."""
+    again = run(job, folder)
+    assert again.code == 0, again.said
+    check_same(contents(folder), undisturbed.contents)
