@@ -1,6 +1,7 @@
 """Synthetic data sets: the written layout, the manifest, workers, memory, one's own photographs, refusals."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -181,6 +182,19 @@ def photographs(tmp_path_factory):
         picture = Image.fromarray(render("gasket", size=(80, 96), seed=index).image)
         picture.save(folder / f"piece_{index}.{'png' if index % 2 else 'bmp'}")
     return folder
+
+
+def test_what_killed_processes_left_half_written_goes_after_an_hour(tmp_path):
+    """That of a process that may be alive stays, and so does what is not ours."""
+    old, young, other = (tmp_path / name for name in (".metal.1.partial", ".metal.2.partial", ".wood.3.partial"))
+    for work in (old, young, other):
+        (work / "train" / "good").mkdir(parents=True)
+        (work / "train" / "good" / "000.png").write_bytes(b"half")
+    for work in (old, other):
+        for path in (*work.rglob("*"), work):
+            os.utime(path, (0, 0))
+    synthesize(settings(tmp_path, **FEW))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".metal.2.partial", ".wood.3.partial", "metal"]
 
 
 def test_photographs_are_damaged_exactly_where_the_mask_says():
