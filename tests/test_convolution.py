@@ -17,7 +17,7 @@ def few_tiles_suffice(monkeypatch):
     monkeypatch.setattr(convolution, "LEAST_TILES", 4)
 
 
-def setup(r, height, width, *, count=1, channels=PLENTY, out_channels=PLENTY, seed=0):
+def case(r, height, width, *, count=1, channels=PLENTY, out_channels=PLENTY, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, channels, height, width, generator=generator)
     weight = torch.randn(out_channels, channels, r, r, generator=generator) / (channels * r * r) ** 0.5
@@ -46,7 +46,7 @@ CASES = [
 
 @pytest.mark.parametrize("r, height, width, count, padding", CASES)
 def test_values_and_gradients(r, height, width, count, padding):
-    given = [tensor.requires_grad_() for tensor in setup(r, height, width, count=count, out_channels=160)]
+    given = [tensor.requires_grad_() for tensor in case(r, height, width, count=count, out_channels=160)]
     assert pays(*given[:2], padding)
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     got, want = convolve(*given, padding), F.conv2d(*exact, padding=padding)
@@ -60,7 +60,7 @@ def test_values_and_gradients(r, height, width, count, padding):
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_gradients_of_some(wanted):
-    given = [tensor.requires_grad_(want) for tensor, want in zip(setup(4, 12, 12), wanted, strict=True)]
+    given = [tensor.requires_grad_(want) for tensor, want in zip(case(4, 12, 12), wanted, strict=True)]
     convolve(*given).square().sum().backward()
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     F.conv2d(*exact).square().sum().backward()
@@ -71,7 +71,7 @@ def test_gradients_of_some(wanted):
 
 
 def test_any_order_in_memory_and_a_rectified_result_in_place():
-    images, weight, bias = setup(3, 13, 18)  # the last row of tiles is cut, the last column is not
+    images, weight, bias = case(3, 13, 18)  # the last row of tiles is cut, the last column is not
     weight.requires_grad_()
     turned = images.mT  # and the other way round
     for given in (images, images.contiguous(memory_format=torch.channels_last), images.expand(2, -1, -1, -1), turned):
@@ -83,31 +83,31 @@ def test_any_order_in_memory_and_a_rectified_result_in_place():
 
 
 def test_same_bits_again():
-    given = setup(4, 30, 30, count=2)
+    given = case(4, 30, 30, count=2)
     assert torch.equal(convolve(*given), convolve(*given))
 
 
 def test_where_it_does_not_pay_the_result_is_torchs_own():
-    thin, small, large = setup(3, 16, 16, channels=8), setup(3, 5, 5), setup(5, 16, 16)
-    exact = [tensor.double() for tensor in setup(3, 16, 16)]
+    thin, small, large = case(3, 16, 16, channels=8), case(3, 5, 5), case(5, 16, 16)
+    exact = [tensor.double() for tensor in case(3, 16, 16)]
     for given in (thin, small, large, exact):
         assert not pays(*given[:2])
         assert torch.equal(convolve(*given), F.conv2d(*given))
-    images, weight, bias = setup(3, 16, 16)
+    images, weight, bias = case(3, 16, 16)
     strided = Conv2d(PLENTY, PLENTY, 3, stride=2)
     assert torch.equal(strided(images), F.conv2d(images, strided.weight, strided.bias, stride=2))
     assert convolve(images.to("meta"), weight.to("meta"), bias.to("meta")).shape == (1, PLENTY, 14, 14)
 
 
 def test_autocast_keeps_its_precision():
-    layer, images = Conv2d(PLENTY, PLENTY, 3), setup(3, 16, 16)[0]
+    layer, images = Conv2d(PLENTY, PLENTY, 3), case(3, 16, 16)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert not pays(images, layer.weight)
         assert layer(images).dtype == torch.bfloat16
 
 
 def test_exporters_see_a_convolution():
-    program = torch.export.export(Conv2d(PLENTY, PLENTY, 3), (setup(3, 16, 16)[0],))
+    program = torch.export.export(Conv2d(PLENTY, PLENTY, 3), (case(3, 16, 16)[0],))
     calls = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert calls == {"aten.conv2d.default"}
 

@@ -43,7 +43,7 @@ def load_elpv(root: Path | None, category: str, seed: int, validation_share: flo
     good, test = [], []
     for kind in ("mono", "poly") if category == "all" else (category,):
         for number, module in enumerate(module for module in modules if module[0][2] == kind):
-            known = [(name, labels[float(share)]) for name, share, _ in module if float(share) in labels]
+            known = [(name, labels[float(share)]) for name, share, *_ in module if float(share) in labels]
             samples = [Sample(folder / name, None, *label) for name, label in known]
             if number % 3 == 0:
                 test += samples

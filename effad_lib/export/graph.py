@@ -22,19 +22,19 @@ class Deployed(nn.Module):
     """A detector that resizes: images [N, 3, H, W] in [0, 1] → three maps [N, 1, H, W] and the scores [N].
 
     The images are brought to the detector's `image_size` and the maps back to theirs; the score is the largest value
-    before that, as in `effad detect`.
+    before that, as in `effad detect`. `input_size` is the images' size, None for any.
     """
 
-    def __init__(self, detector: EfficientAD) -> None:
+    def __init__(self, detector: EfficientAD, input_size: Size | None) -> None:
         super().__init__()
-        self.detector = detector
+        self.detector, self.fits = detector, input_size is not None and tuple(input_size) == detector.image_size
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        size = images.shape[-2:]
-        maps = self.detector(resize(images, self.detector.image_size))
-        if tuple(size) == self.detector.image_size:
+        if self.fits:
+            maps = self.detector(images)
             return *maps, maps.score
-        stretched = F.interpolate(torch.cat(tuple(maps), dim=1), size, mode="bilinear")
+        maps = self.detector(resize(images, self.detector.image_size))
+        stretched = F.interpolate(torch.cat(tuple(maps), dim=1), images.shape[-2:], mode="bilinear")
         return *stretched.split(1, dim=1), maps.score
 
 
@@ -46,17 +46,17 @@ def resize(images: Tensor, size: Size) -> Tensor:
     shrinks, recent versions of Pillow start with the height, and a quarter are.
     """
     height, width = images.shape[-2:]
-    if (height, width) == tuple(size):
-        return images
     images = _round(images @ _weights(width, size[1]).T)
     return _round(_weights(height, size[0]) @ images)
 
 
 def _weights(have: int, wanted: int) -> Tensor:
     """Return how much of each of `have` pixels goes into each of `wanted` ones: triangles, each of a sum of 1."""
-    scale = have / wanted
-    centres, places = (torch.arange(wanted) + 0.5) * scale, torch.arange(have) + 0.5
-    weights = (1 - (places - centres[:, None]).abs() / torch.sym_max(scale, 1.0)).clamp(min=0)
+    # As tensors: of a comparison of numbers an exporter would keep the outcome for its example.
+    places = torch.arange(have) + 0.5
+    scale = (places[-1:] + 0.5) / wanted
+    centres = (torch.arange(wanted) + 0.5) * scale
+    weights = (1 - (places - centres[:, None]).abs() / scale.clamp(min=1.0)).clamp(min=0)
     return weights / weights.sum(dim=1, keepdim=True)
 
 
@@ -95,7 +95,7 @@ def to_onnx(
     `batch` is how many images it takes, 0 any number; `input_size` their height and width, None any of at least 64.
     """
     detector = copy.deepcopy(detector).cpu().eval()
-    model = Deployed(in_half(detector) if half else detector).eval()
+    model = Deployed(in_half(detector) if half else detector, input_size).eval()
     dynamic = {}
     if not batch:
         dynamic[0] = torch.export.Dim("batch")
