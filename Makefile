@@ -38,10 +38,14 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[data,notebooks,export,cluster,test]"
 	@touch $(INSTALLED)
 
+# Of a machine of its own: twelve minutes.
+LATENCY = {run_folder: runs/quick/synthetic, sizes: [XS, S, M], image_size: [256, 256], threads: 0, longest: 5.0}
+
 # The pictures of README.md, from the runs of `make run`.
 figures: run
 	cp runs/quick/synthetic/figures/typical.png figures/heatmaps.png
 	cp runs/quick/elpv_mono/figures/scores.png figures/scores.png
 	cp runs/quick/data/figures/products.png figures/products.png
+	$(BIN)/papermill notebooks/07_export_and_latency.ipynb runs/latency.ipynb --cwd notebooks -y "$(LATENCY)"
 	cp runs/quick/synthetic/figures/latency.png figures/latency.png
 	EFFAD_RUN=runs/quick/synthetic EFFAD_SCREENSHOT=figures/viewer.png $(BIN)/python -m pytest -q tests/test_browser.py
