@@ -250,12 +250,12 @@ def grid(
     folder: str | Path,
     literal: ModuleType | None = None,
 ) -> pd.DataFrame:
-    """Measure sizes × engines × precisions × batches in one run.
+    """Measure sizes × engines × precisions × batches in one run, size after size: each takes gigabytes.
 
     Returns a row for each: size, engine, precision, batch, median_ms, p99_ms, calls, images_per_second, gflop (an
     image), share of the machine's measured float32 peak.
     """
-    calls, work = {}, {}
+    tables, work = {}, {}
     on_gpu = next(iter(detectors.values())).device.type == "cuda"
     for size, detector in detectors.items():
         shape = (2, 3, *detector.image_size)
@@ -265,16 +265,17 @@ def grid(
         found = contenders(detector, images, where, **how)
         if literal and size != "XS":  # which is not the paper's
             found = {("literal", "float32"): of_literal(literal, detector)} | found
-        work[size] = flop(detector, detector.image_size)
+        work[size], calls = flop(detector, detector.image_size), {}
         for batch in settings.batches:
             given = torch.rand((batch, *shape[1:]), device=detector.device)
             for (engine, precision), call in found.items():
                 if engine == "torch.compile" and batch != settings.batches[0] and not on_gpu:  # it would compile anew
                     continue
-                calls[size, engine, precision, batch] = lambda call=call, given=given: call(given)
+                calls[engine, precision, batch] = lambda call=call, given=given: call(given)
+        tables[size] = measure(calls, seconds=settings.seconds, longest=settings.longest)
+        del calls, found
     best = peak(next(iter(detectors.values())).device, settings.cores)
-    table = measure(calls, seconds=settings.seconds, longest=settings.longest)
-    table = table.rename_axis(["size", "engine", "precision", "batch"]).reset_index()
+    table = pd.concat(tables).rename_axis(["size", "engine", "precision", "batch"]).reset_index()
     table["images_per_second"] = 1000 * table["batch"] / table["median_ms"]
     table["gflop"] = table["size"].map(work) / 1e9
     table["share_of_peak"] = 1e9 * table["gflop"] * table["images_per_second"] / best
