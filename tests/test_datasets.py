@@ -292,7 +292,7 @@ def elpv_cells():
     rows = [line.split() for line in path.read_text().splitlines()]
     modules = np.repeat(np.arange(len(datasets.elpv.ELPV_MODULES)), datasets.elpv.ELPV_MODULES)
     assert len(rows) == len(modules) == 2624
-    return {Path(n).name: (float(p), kind, m) for (n, p, kind), m in zip(rows, modules, strict=True)}
+    return {Path(n).name: (float(p), kind, m) for (n, p, kind, *_), m in zip(rows, modules, strict=True)}
 
 
 @needs_elpv

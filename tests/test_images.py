@@ -192,9 +192,9 @@ def test_16_bit_grey_is_read_by_its_levels(tmp_path):
 @pytest.mark.parametrize("mode", ["CMYK", "F", "I", "YCbCr"])
 def test_other_modes_are_refused(tmp_path, mode):
     path = tmp_path / "odd.tif"
-    Image.new(mode, (16, 16)).save(path)
-    with pytest.raises(ImageError, match=rf"odd\.tif: image mode {mode}"):
-        read_image(path)
+    Image.new(mode, (7, 5)).save(path)
+    with pytest.raises(ImageError, match=rf"odd\.tif: (image mode {mode}|cannot be read as an image)"):
+        read_image(path)  # before version 13 Pillow cannot read its own YCbCr
 
 
 @pytest.mark.parametrize("read", [read_image, read_mask])
