@@ -44,11 +44,15 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def held(process: int) -> dict[str, int]:
-    """Return what a process holds: megabytes of memory, open files, threads, and processes that it has started."""
+    """Return what a process holds: megabytes of memory of its own, open files, threads, processes that it has started.
+
+    Memory that it shares with files, such as its libraries, is the system's to give and take.
+    """
     place = Path("/proc") / str(process)
     children = [task.joinpath("children").read_text().split() for task in place.glob("task/*")]
+    _, resident, shared, *_ = map(int, (place / "statm").read_text().split())
     return {
-        "megabytes": round(int((place / "statm").read_text().split()[1]) * PAGE / 1e6),
+        "megabytes": round((resident - shared) * PAGE / 1e6),
         "files": len(list((place / "fd").iterdir())),
         "threads": len(list((place / "task").iterdir())),
         "processes": sum(map(len, children)),
@@ -72,7 +76,7 @@ def observed(command: list[str], work: Callable[[], None], started: Callable[[],
                 rows.append({"minutes": passed / 60, **held(process.pid)})
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) in (0, 130)
+        assert process.wait(300) in (0, 130)
     finally:
         process.kill()
         process.wait()
