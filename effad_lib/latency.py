@@ -255,32 +255,34 @@ def grid(
     Returns a row for each: size, engine, precision, batch, median_ms, p99_ms, calls, images_per_second, gflop (an
     image), share of the machine's measured float32 peak.
     """
-    tables, work = {}, {}
-    on_gpu = next(iter(detectors.values())).device.type == "cuda"
-    for size, detector in detectors.items():
-        shape = (2, 3, *detector.image_size)
-        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        where = Path(folder) / size
-        how = {"threads": settings.cores, "compiled": size in settings.compiled, "exports": settings.exports}
-        found = contenders(detector, images, where, **how)
-        if literal and size != "XS":  # which is not the paper's
-            found = {("literal", "float32"): of_literal(literal, detector)} | found
-        work[size], calls = flop(detector, detector.image_size), {}
-        for batch in settings.batches:
-            given = torch.rand((batch, *shape[1:]), device=detector.device)
-            for (engine, precision), call in found.items():
-                if engine == "torch.compile" and batch != settings.batches[0] and not on_gpu:  # it would compile anew
-                    continue
-                calls[engine, precision, batch] = lambda call=call, given=given: call(given)
-        tables[size] = measure(calls, seconds=settings.seconds, longest=settings.longest)
-        del calls, found
+    tables = {size: _one_size(size, one, settings, Path(folder) / size, literal) for size, one in detectors.items()}
     best = peak(next(iter(detectors.values())).device, settings.cores)
     table = pd.concat(tables).rename_axis(["size", "engine", "precision", "batch"]).reset_index()
     table["images_per_second"] = 1000 * table["batch"] / table["median_ms"]
-    table["gflop"] = table["size"].map(work) / 1e9
+    table["gflop"] = table["size"].map({size: flop(one, one.image_size) / 1e9 for size, one in detectors.items()})
     table["share_of_peak"] = 1e9 * table["gflop"] * table["images_per_second"] / best
     table.attrs["peak"] = best
     return table
+
+
+def _one_size(
+    size: str, detector: EfficientAD, settings: LatencySettings, folder: Path, literal: ModuleType | None
+) -> pd.DataFrame:
+    """Measure all engines, precisions and batches of one size, in turn."""
+    shape = (2, 3, *detector.image_size)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    how = {"threads": settings.cores, "compiled": size in settings.compiled, "exports": settings.exports}
+    found = contenders(detector, images, folder, **how)
+    if literal and size != "XS":  # which is not the paper's
+        found = {("literal", "float32"): of_literal(literal, detector)} | found
+    anew = detector.device.type != "cuda"  # torch.compile would compile for another batch
+    calls = {}
+    for batch in settings.batches:
+        given = torch.rand((batch, *shape[1:]), device=detector.device)
+        for (engine, precision), call in found.items():
+            if not (engine == "torch.compile" and anew and batch != settings.batches[0]):
+                calls[engine, precision, batch] = lambda call=call, given=given: call(given)
+    return measure(calls, seconds=settings.seconds, longest=settings.longest)
 
 
 def chance_detector(size: str, image_size: Sequence[int], device: torch.device, channels: int = 384) -> EfficientAD:

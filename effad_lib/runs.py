@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).resolve().parent.parent
 """The folder of the workbook: relative paths in settings are taken from here, wherever a notebook's kernel runs."""
+
+
+FORSAKEN = 3600.0
+"""Seconds without a change after which what is half made counts as that of a process that was killed."""
 
 
 class RunError(RuntimeError):
@@ -62,7 +67,7 @@ def write_bytes(path: str | Path, data: bytes | memoryview) -> Path:
     safetensors save is made in memory first, as their own writers report a full disk in ways of their own.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
@@ -82,6 +87,27 @@ def write_bytes(path: str | Path, data: bytes | memoryview) -> Path:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     return path
+
+
+def partial_of(path: Path) -> Path:
+    """Return the hidden neighbour under whose name this process makes a file or a folder until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def remove_forsaken(folder: Path, name: str = "*") -> None:
+    """Delete what killed processes left half made in a folder under any `partial_of` a name, after `FORSAKEN` seconds.
+
+    What may be at work stays: something has changed in it since.
+    """
+    for left in folder.glob(f".{name}.*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # it has just become whole
+            changed = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
+            if time.time() - changed <= FORSAKEN:
+                continue
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -180,9 +206,12 @@ class Run:
     def start(self, settings: Settings, sources: dict[str, str] | None = None) -> None:
         """`check` the folder, then write `sources.json` and `parameters.yaml`: a resumed run never mixes settings.
 
-        The settings come last: only with them does a folder count as that of a run.
+        The settings come last: only with them does a folder count as that of a run. What a killed process left half
+        made in it is removed.
         """
         self.check(settings, sources)
+        for folder in (self.folder, self.folder / "checkpoints"):
+            remove_forsaken(folder)
         write_json(self.folder / "sources.json", sources or {})
         write_text(self.folder / "parameters.yaml", yaml.safe_dump(settings.as_dict(), sort_keys=False))
 

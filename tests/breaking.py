@@ -40,7 +40,7 @@ NO_DISK = 77
 LEFT_OUT = {"provenance.json", "tensorboard"}
 """Files and folders that tell of each start, and are not compared."""
 
-TIMES = ("seconds", "latency_ms", "latency_ms_p99", "images_per_second")
+TIMES = ("seconds", "latency_ms")
 """Names of values that are measured in time, and never the same twice."""
 
 

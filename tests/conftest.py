@@ -54,6 +54,24 @@ def model(small_detector, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def stripes_with_dents(tmp_path_factory):
+    """A folder, not to be changed, of noisy stripes in the layout of MVTec AD: 16 to train on, 4 good, 4 dented."""
+    folder, rng = tmp_path_factory.mktemp("stripes") / "data", np.random.default_rng(0)
+    dent, rows = np.s_[20:36, 20:44], np.arange(64)[:, None, None]
+    for kind, count in (("train/good", 16), ("test/good", 4), ("test/dent", 4)):
+        for k in range(count):
+            pixels = 128 + 60 * np.sin(rows / 3 + rng.uniform(0, 6)) + rng.normal(0, 8, (64, 64, 3))
+            truth, files = np.zeros((64, 64)), {f"{kind}/{k}.png": pixels}
+            if kind == "test/dent":
+                pixels[dent], truth[dent] = 20, 255
+                files[f"ground_truth/dent/{k}_mask.png"] = truth
+            for name, values in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def evaluated_run(small_detector, tmp_path_factory):
     """An evaluated run, not to be changed, beside its `data` of 80×96 pixels: three good images, two dents, a hole."""
     root, rng = tmp_path_factory.mktemp("evaluated"), np.random.default_rng(0)

@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import json
 import platform
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 import torchvision
 from safetensors.torch import save_file
+from trust import files
 
 from effad_lib.datasets import load_dataset
 from effad_lib.distillation import DistillationSettings, distil
@@ -33,12 +33,6 @@ def of_bytes(*parts: bytes) -> str:
     return digest.hexdigest()[:16]
 
 
-def of_folder(folder: Path) -> str:
-    """The hash of all files below a folder, names included."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return of_bytes(*(part for path in paths for part in (str(path.relative_to(folder)).encode(), path.read_bytes())))
-
-
 def of_state(state: dict[str, torch.Tensor]) -> str:
     return of_bytes(*(value.contiguous().numpy().tobytes() for _, value in sorted(state.items())))
 
@@ -48,7 +42,11 @@ def results(folder: Path, workers: int) -> dict[str, str]:
     counts = {"train": 16, "test_good": 4, "test_per_defect": 1, "image_size": [64, 64], "workers": workers}
     product = {"product": "gasket", "data_root": str(folder / "data"), "seed": 3}
     images = synthesize(SynthesisSettings.from_mapping(product | counts))
-    found = {"synthesis": of_folder(images)}
+    found = {
+        "synthesis": of_bytes(
+            *(part for name, content in sorted(files(images).items()) for part in (name.encode(), content))
+        )
+    }
 
     torch.manual_seed(0)
     save_file(torchvision.models.resnet18(weights=None).state_dict(), folder / "backbone.safetensors")
@@ -76,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = results(Path(folder), options.workers)
     versions = {"torch": torch.__version__, "numpy": np.__version__}
-    print(json.dumps({"python": platform.python_version(), **versions, **found}), file=sys.stdout)
+    print(json.dumps({"python": platform.python_version(), **versions, **found}))
 
 
 if __name__ == "__main__":

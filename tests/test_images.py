@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import functional as reference
+from trust import YCBCR
 
 from effad_lib.images import (
     ImageError,
@@ -193,8 +194,9 @@ def test_16_bit_grey_is_read_by_its_levels(tmp_path):
 def test_other_modes_are_refused(tmp_path, mode):
     path = tmp_path / "odd.tif"
     Image.new(mode, (7, 5)).save(path)
-    with pytest.raises(ImageError, match=rf"odd\.tif: (image mode {mode}|cannot be read as an image)"):
-        read_image(path)  # before version 13 Pillow cannot read its own YCbCr
+    says = YCBCR if mode == "YCbCr" else f"image mode {mode}"
+    with pytest.raises(ImageError, match=rf"odd\.tif: {says}"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("read", [read_image, read_mask])

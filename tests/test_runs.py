@@ -127,6 +127,17 @@ def test_a_run_that_was_stopped_between_its_first_files_is_begun_again(tmp_path,
     assert run.parameters == Example().as_dict() and run.sources == {"teacher": "a" * 64}
 
 
+def test_what_a_killed_process_left_half_written_goes_after_an_hour(tmp_path):
+    run = Run(tmp_path)
+    old, young = tmp_path / "checkpoints" / ".last.pt.1.partial", tmp_path / ".history.csv.2.partial"
+    old.parent.mkdir()
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    run.start(Example())
+    assert young.is_file() and not old.exists()
+
+
 def test_a_parameter_that_did_not_exist_then_is_another_setting(tmp_path):
     (tmp_path / "parameters.yaml").write_text("steps: 10\n")
     with pytest.raises(RunError, match="device: None there, 'cpu' now"):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from trust import files
 
 from effad_lib import datasets, synthesis
 from effad_lib.images import ImageError
@@ -30,10 +31,6 @@ FEW = {"image_size": [64, 64], "train": 1, "test_good": 1, "test_per_defect": 1}
 
 def settings(folder, product="metal", **values):
     return SynthesisSettings(product=product, data_root=str(folder), **values)
-
-
-def files(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_layout_and_manifest(tmp_path):

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from breaking import NO_DISK, Ended, Fault, Job, check_same, contents, run
-from PIL import Image
 from safetensors.torch import save_file
 
 from effad_lib.cli import main
@@ -33,52 +31,31 @@ KILLS = int(os.environ.get("EFFAD_KILLS", "1"))
 NAMES = ["train", "distill", "synthesize", "damage", "evaluate", "export", "openvino", "detect", "watch", "gallery"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Images of stripes in the layout of MVTec AD, with a dent in some."""
-    folder, rng = tmp_path_factory.mktemp("given") / "data", np.random.default_rng(0)
-    rows = np.arange(64)[:, None, None]
-    for kind, count in (("train/good", 16), ("test/good", 4), ("test/dent", 4)):
-        (folder / kind).mkdir(parents=True)
-        for k in range(count):
-            image = 128 + 60 * np.sin(rows / 3 + rng.uniform(0, 6)) + rng.normal(0, 8, (64, 64, 3))
-            if kind == "test/dent":
-                image[20:36, 20:44] = 20
-                truth = np.zeros((64, 64), np.uint8)
-                truth[20:36, 20:44] = 255
-                path = folder / "ground_truth" / "dent" / f"{k}_mask.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(truth).save(path)
-            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / kind / f"{k}.png")
-    return folder
-
-
 def training(data: Path) -> list[str]:
     settings = f"--dataset folder --data-root {data} --size XS --image-size 64 64 --steps 40 --validate-every 10"
     return f"train --run-folder {{folder}} {settings} --checkpoint-every 4 --device cpu".split()
 
 
 @pytest.fixture(scope="module")
-def trained(data):
+def trained(stripes_with_dents, tmp_path_factory):
     """The run folder of a training, to be measured, exported and used."""
-    folder = data.parent / "run"
-    assert main([argument.format(folder=folder) for argument in training(data)]) == 0
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert main([argument.format(folder=folder) for argument in training(stripes_with_dents)]) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def backbone(data):
+def backbone(tmp_path_factory):
     torch.manual_seed(0)
-    path = data.parent / "resnet18.safetensors"
+    path = tmp_path_factory.mktemp("backbone") / "resnet18.safetensors"
     save_file(torchvision.models.resnet18(weights=None).state_dict(), path)
     return path
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def job(request, data) -> Job:
+def job(request, stripes_with_dents) -> Job:
     """The job of a name, small enough to be begun anew again and again."""
-    name = request.param
-    asked = request.getfixturevalue
+    name, data, asked = request.param, stripes_with_dents, request.getfixturevalue
     if name == "train":
         return Job(training(data))
     if name == "distill":
@@ -99,11 +76,11 @@ def job(request, data) -> Job:
     if name in ("export", "openvino"):
         kind, suffix = ("onnx", ".onnx") if name == "export" else ("openvino", ".xml")
         return Job(f"export {run_folder} --to {kind} --compare 2 --out {{folder}}/model{suffix}".split())
-    detect = f"detect {run_folder} {data / 'test'} --out {{folder}} --save-maps --save-masks --device cpu"
-    detect = detect.replace(str(run_folder), str(run_folder / "model.safetensors"))
+    model = run_folder / "model.safetensors"
+    detect = f"detect {model} {data / 'test'} --out {{folder}} --save-maps --save-masks --device cpu".split()
     if name == "detect":
-        return Job(detect.split())
-    return Job([*detect.split(), "--watch"], until=lambda folder: len(list(folder.rglob("results/*/*.json"))) == 8)
+        return Job(detect)
+    return Job([*detect, "--watch"], until=lambda folder: len(list(folder.rglob("results/*/*.json"))) == 8)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from trust import command_refused, refused
+from trust import YCBCR, command_refused, refused
 
 from effad_lib.cli import main
 from effad_lib.datasets import load_dataset, verify
@@ -120,7 +120,7 @@ REFUSED = {  # name of the file: its bytes, and what is said of it
     "32 bits of grey.tif": (packed(GREY.astype(np.int32), kind="TIFF"), "image mode I is not supported"),
     "CMYK.tif": (packed(kind="TIFF", mode="CMYK"), "image mode CMYK is not supported. Save it as 8-bit RGB"),
     "CMYK.jpg": (packed(kind="JPEG", mode="CMYK"), "image mode CMYK is not supported"),
-    "YCbCr.tif": (packed(kind="TIFF", mode="YCbCr"), "image mode YCbCr is not supported|cannot be read"),
+    "YCbCr.tif": (packed(kind="TIFF", mode="YCbCr"), YCBCR),
     "Lab.tif": (packed(kind="TIFF", mode="LAB"), "image mode LAB is not supported"),
     "floats.tif": (packed(GREY.astype(np.float32), kind="TIFF"), "image mode F is not supported"),
     "NaN.tif": (packed(np.full((72, 80), np.nan, np.float32), kind="TIFF"), "image mode F is not supported"),

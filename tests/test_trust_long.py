@@ -11,17 +11,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import pytest
 import seaborn as sns
-from PIL import Image
 
 from effad_lib.datasets import load_dataset
 from effad_lib.detection import detect, open_model
@@ -59,8 +56,9 @@ def held(process: int) -> dict[str, int]:
     }
 
 
-def observed(command: list[str], work: Callable[[], None], started: Callable[[], bool]) -> pd.DataFrame:
+def observed(what: str, command: list[str], work: Callable[[], object], started: Callable[[], object]) -> pd.DataFrame:
     """Run a command, doing some work beside it, until Ctrl-C after so many seconds; return what it held and when."""
+    rows: list[dict[str, float]] = []
     log = subprocess.DEVNULL
     process = subprocess.Popen([sys.executable, "-m", "effad_lib.cli", *command], cwd=PROJECT, stdout=log, stderr=log)
     try:
@@ -68,7 +66,7 @@ def observed(command: list[str], work: Callable[[], None], started: Callable[[],
         while not started():
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.05)
-        rows, began = [], time.monotonic()
+        began = time.monotonic()
         while (passed := time.monotonic() - began) < SECONDS:
             work()
             assert process.poll() is None
@@ -80,13 +78,14 @@ def observed(command: list[str], work: Callable[[], None], started: Callable[[],
     finally:
         process.kill()
         process.wait()
-    return pd.DataFrame(rows)
+        table = pd.DataFrame(rows)
+        if OUT and rows:
+            record(table, what)
+    return table
 
 
-def check_steady(table: pd.DataFrame, what: str) -> None:
+def check_steady(table: pd.DataFrame) -> None:
     """The last third of the time takes no more than the one before; the first is left for warming up."""
-    if OUT:
-        record(table, what)
     third = len(table) // 3
     before, after = table[third : 2 * third].max(), table[2 * third :].max()
     assert after["megabytes"] <= 1.02 * before["megabytes"] + 8, (before, after)
@@ -117,65 +116,43 @@ def record(table: pd.DataFrame, what: str) -> None:
     write_bytes(path.with_suffix(".png"), as_png(grid.figure, 80))
 
 
-@pytest.fixture
-def data(tmp_path):
-    """Noisy stripes in the layout of MVTec AD, some with a dark spot."""
-    folder = tmp_path / "data"
-    for kind, count in (("train/good", 16), ("test/good", 2), ("test/spot", 2)):
-        (folder / kind).mkdir(parents=True)
-        for k in range(count):
-            striped(k, spot="spot" in kind).save(folder / kind / f"{k}.png")
-    return folder
-
-
-def striped(seed: int, spot: bool = False) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    pixels = 128 + 60 * np.sin(np.arange(64)[:, None, None] / 3 + rng.uniform(0, 6)) + rng.normal(0, 8, (64, 64, 3))
-    if spot:
-        pixels[20:36, 20:44] = 20
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
 def settings(data: Path, folder: Path, **changes) -> TrainingSettings:
     """A training of few and small steps."""
     given = {"dataset": "folder", "data_root": str(data), "size": "XS", "image_size": [64, 64], "device": "cpu"}
     return TrainingSettings.from_mapping({**given, "run_folder": str(folder), **changes})
 
 
-def test_a_training_holds_as_much_after_an_hour(data, tmp_path):
-    folder = tmp_path / "run"
+def test_a_training_holds_as_much_after_an_hour(stripes_with_dents, tmp_path):
+    data, folder = stripes_with_dents, tmp_path / "run"
     made = f"--run-folder {folder} --dataset folder --data-root {data} --size XS --image-size 64 64 --device cpu"
     command = f"train {made} --steps 10000000 --validate-every 25 --checkpoint-every 25".split()
-    table = observed(command, lambda: None, (folder / "history.csv").is_file)
-    check_steady(table, "training")
+    table = observed("training", command, lambda: None, (folder / "history.csv").is_file)
+    check_steady(table)
 
 
-def test_a_watched_folder_holds_as_much_after_an_hour(model, tmp_path):
+def test_a_watched_folder_holds_as_much_after_an_hour(model, picture, tmp_path):
     """A machine drops images and takes old ones away."""
     images, out = tmp_path / "in", tmp_path / "out"
-    images.mkdir()
     count = 0
 
     def drop() -> None:
         nonlocal count
         if count - len(list((out / "results").glob("*"))) > 20:
             return
-        new = images / f".{count}.png"
-        striped(count).save(new)
-        new.rename(images / f"{count}.png")
+        picture(images / f".{count}.png", (64, 64), seed=count).rename(images / f"{count}.png")
         (images / f"{count - 100}.png").unlink(missing_ok=True)
         count += 1
 
     drop()
     command = ["detect", str(model), str(images), "--out", str(out), "--watch", "--device", "cpu"]
-    table = observed(command, drop, (out / "results" / "0.png.json").is_file)
+    table = observed("detect --watch", command, drop, (out / "results" / "0.png.json").is_file)
     assert len(list((out / "results").iterdir())) >= count - 21 > 0
-    check_steady(table, "detect --watch")
+    check_steady(table)
 
 
-def test_many_short_runs_in_one_process_leave_nothing(data, tmp_path, monkeypatch):
+def test_many_short_runs_in_one_process_leave_nothing(stripes_with_dents, tmp_path):
     """Trained, measured, reported and used, as a notebook's kernel may do it all day."""
-    monkeypatch.setattr(threading, "excepthook", lambda args: pytest.fail(str(args.exc_value)))
+    data = stripes_with_dents
     split, rows = load_dataset("folder", root=data), []
     for number in range(RUNS):
         folder = tmp_path / f"run{number}"
@@ -184,16 +161,16 @@ def test_many_short_runs_in_one_process_leave_nothing(data, tmp_path, monkeypatc
         result = finish_run(folder, detector, found)
         if number % 10 == 0:
             write_report(folder, found, detector.image_size, result)
-        detect(open_model(Run(folder).model, "cpu"), data / "test" / "spot" / "0.png", folder / "detections")
+        detect(open_model(Run(folder).model, "cpu"), data / "test" / "dent" / "0.png", folder / "detections")
         del detector, found
         gc.collect()
-        rows.append({"minutes": number, **held(os.getpid()), "figures": len(plt.get_fignums())})
+        rows.append({"run": number, **held(os.getpid()), "figures": len(plt.get_fignums())})
     table = pd.DataFrame(rows)
     assert table["figures"].max() == 0
     for name in ("files", "threads", "processes"):
         assert table[name].iloc[-1] <= table[name].iloc[len(table) // 2], table
     if OUT:
-        write_csv(resolve(OUT) / "short_runs.csv", table.rename(columns={"minutes": "run"}))
+        write_csv(resolve(OUT) / "short_runs.csv", table)
     if RUNS >= 100:
         half = len(table) // 2
         assert table["megabytes"].iloc[-1] - table["megabytes"].iloc[half] < 0.1 * half, table

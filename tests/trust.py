@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import PIL
 import pytest
 
 from effad_lib.cli import main
@@ -21,6 +22,12 @@ seed = 0
 text = ""
 flag = False
 """
+
+
+YCBCR = (
+    "image mode YCbCr is not supported" if int(PIL.__version__.split(".")[0]) >= 13 else "cannot be read as an image"
+)
+"""What is said of a TIFF in YCbCr: before version 13 Pillow took its own for RGB, and could not decode it."""
 
 
 class Malicious:

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +23,12 @@ from PIL import Image
 from effad_lib.images import read_image
 from effad_lib.memory import keep_memory
 from effad_lib.progress import progress
-from effad_lib.runs import write_json
+from effad_lib.runs import partial_of, remove_forsaken, write_json
 from effad_lib.synthesis.rendering import TOLERANCE, SyntheticImage
 from effad_lib.synthesis.scene import SynthesisError
 from effad_lib.synthesis.shots import Shot, SynthesisSettings
 
 MANIFEST = "manifest.json"
-
-FORSAKEN = 3600.0
-"""Seconds after which a half-written data set, into which nothing came, counts as that of a process that was killed."""
 
 Result = TypeVar("Result")
 
@@ -215,30 +211,14 @@ def _save(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path, compress_level=1, compress_type=zlib.Z_RLE)
 
 
-def _forsaken(folder: Path) -> list[Path]:
-    """Return the folders of earlier processes that were killed over this data set: nothing came into them for an hour.
-
-    One of this process's number is among them: it was another's.
-    """
-
-    def age(work: Path) -> float:
-        try:
-            return time.time() - max(path.stat().st_mtime for path in (work, *work.rglob("*")))
-        except FileNotFoundError:  # it has just taken its place
-            return 0.0
-
-    left = folder.parent.glob(f".{folder.name}.*.partial")
-    return [work for work in left if work.name.split(".")[-2] == str(os.getpid()) or age(work) > FORSAKEN]
-
-
 @contextmanager
 def _put_in_place(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when all went well, and is deleted if not."""
-    work = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    work = partial_of(folder)
     old = work.with_suffix(".old")
     try:
-        for forsaken in _forsaken(folder):
-            shutil.rmtree(forsaken, ignore_errors=True)
+        remove_forsaken(folder.parent, folder.name)
+        shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
         if manifest := _manifest(folder):  # looked at again: somebody may have put something there meanwhile
