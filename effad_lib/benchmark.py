@@ -18,7 +18,7 @@ import torch
 from effad_lib.detector import EfficientAD
 from effad_lib.images import NaturalImages, Size, change_colour, check_size, to_float
 from effad_lib.latency import LatencySettings, chance_detector, grid, measure, peak
-from effad_lib.memory import kept_memory, peak_memory
+from effad_lib.memory import peak_memory
 from effad_lib.networks import check_network, multiply_adds
 from effad_lib.progress import progress
 from effad_lib.runs import PROJECT, Run
@@ -141,7 +141,7 @@ def training_table(settings: BenchmarkSettings, literal: ModuleType | None) -> p
     """
     torch.set_num_threads(settings.cores)
     calls, work = {}, {}
-    with ExitStack() as stack, kept_memory():
+    with ExitStack() as stack:
         for size in settings.sizes:
             for precision in settings.precisions:
                 how = {"precision": precision, "device": settings.device, "compiled": settings.compiled}
@@ -190,7 +190,7 @@ def inference_table(settings: BenchmarkSettings, literal: ModuleType | None) -> 
         exports=settings.exports,
         device=settings.device,
     )
-    with tempfile.TemporaryDirectory() as folder, kept_memory():
+    with tempfile.TemporaryDirectory() as folder:
         return grid(detectors, wanted, folder, literal)
 
 
@@ -219,7 +219,7 @@ def cost(size: str, *, images: int, side: int, batch: int, threads: int, device:
     """Return start_s, step_ms, detect_ms and peak_mb of one training; meant for a process of its own."""
     torch.set_num_threads(threads)
     began = time.perf_counter()
-    with trainer_of(size, (side, side), images=images, batch_size=batch, device=device) as trainer, kept_memory():
+    with trainer_of(size, (side, side), images=images, batch_size=batch, device=device) as trainer:
         start = time.perf_counter() - began
         step, detector = library_step(trainer), trainer.detector
         pictures = to_float(trainer.images[torch.arange(batch) % images])

@@ -14,6 +14,7 @@ from PIL import Image
 
 from effad_lib import plots
 from effad_lib.engines import RUNTIMES, Inspection, Inspector, load_exported
+from effad_lib.memory import kept_memory
 from effad_lib.progress import progress
 from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
 from effad_lib.runs import write_bytes, write_csv
@@ -97,14 +98,15 @@ def detect(
     rows = []
     try:
         bar = progress(found.items(), desc="detecting", unit="image")
-        for name, path in bar:
-            try:
-                score, marked = detect_one(detector, path, name, out, truths.get(name), wanted)
-            except ImageError as error:
-                bar.write(f"left out: {error}", file=sys.stderr)
-                rows.append((name.as_posix(), None, detector.threshold, "", None, str(error)))
-                continue
-            rows.append((name.as_posix(), score, detector.threshold, decision(detector, score), marked, ""))
+        with kept_memory():
+            for name, path in bar:
+                try:
+                    score, marked = detect_one(detector, path, name, out, truths.get(name), wanted)
+                except ImageError as error:
+                    bar.write(f"left out: {error}", file=sys.stderr)
+                    rows.append((name.as_posix(), None, detector.threshold, "", None, str(error)))
+                    continue
+                rows.append((name.as_posix(), score, detector.threshold, decision(detector, score), marked, ""))
     except KeyboardInterrupt:
         write_table(rows, out)
         raise KeyboardInterrupt(f"stopped: {len(rows)} of {len(found)} images are done, see {out}") from None

@@ -25,6 +25,7 @@ from effad_lib.detector import EfficientAD
 from effad_lib.engines import Inspector, load_exported
 from effad_lib.export import LEAST_OPSET, ExportSettings, convert, in_half, record, save, to_onnx
 from effad_lib.images import Size, check_size, read_image
+from effad_lib.memory import kept_memory
 from effad_lib.metrics import image_auroc
 from effad_lib.networks import check_network, multiply_adds
 from effad_lib.reading import fitted
@@ -53,7 +54,7 @@ class LatencySettings(Settings):
     batches: list[int] = (1, 16)  # images at a time
     seconds: float = 0.3  # to measure each case for, three calls at least
     longest: float = 1.0  # cases whose call takes more seconds than this are left out
-    compiled: list[str] = ("S",)  # sizes for torch.compile, at the first of the batches; half a minute for each
+    compiled: list[str] = ("S",)  # sizes for torch.compile, at the smallest of the batches; half a minute for each
     exports: bool = True  # measure ONNX Runtime and OpenVINO too
     most_images: int = 70  # of the test images, evenly spread, for accuracy against latency
     threads: int = 1  # of the CPU for every engine; 0 takes all cores, which wants a machine without other work
@@ -150,21 +151,23 @@ def measure(calls: Mapping[tuple, Callable[[], object]], *, seconds: float, long
 
     After two calls that warm up, the second of which decides whether a call takes longer than `longest` and is left
     out, each is timed for `seconds` and three times at least. Returns for each key median_ms, p99_ms (the 99th
-    percentile; with less than a hundred calls that is close to the slowest) and calls; NaN for those left out.
+    percentile; with less than a hundred calls that is close to the slowest) and calls; NaN for those left out. Memory
+    is kept from call to call, as training, evaluation and detection keep it, and as the runtimes of exports do.
     """
     took: dict[tuple, list[float]] = {}
-    for key, call in calls.items():
-        call()
-        time.sleep(PAUSE)
-        if _timed(call) <= longest:
-            took[key] = []
-    waiting = list(took)
-    while waiting:
-        for key in waiting:
+    with kept_memory():
+        for key, call in calls.items():
+            call()
             time.sleep(PAUSE)
-            took[key].append(_timed(calls[key]))
-        waiting = [key for key in waiting if len(took[key]) < 3 or sum(took[key]) < seconds]
-        waiting = waiting[1:] + waiting[:1]  # nobody always comes after the same one
+            if _timed(call) <= longest:
+                took[key] = []
+        waiting = list(took)
+        while waiting:
+            for key in waiting:
+                time.sleep(PAUSE)
+                took[key].append(_timed(calls[key]))
+            waiting = [key for key in waiting if len(took[key]) < 3 or sum(took[key]) < seconds]
+            waiting = waiting[1:] + waiting[:1]  # nobody always comes after the same one
     rows = {
         key: [1000 * statistics.median(took[key]), 1000 * float(np.quantile(took[key], 0.99)), len(took[key])]
         if key in took
@@ -268,7 +271,11 @@ def grid(
 def _one_size(
     size: str, detector: EfficientAD, settings: LatencySettings, folder: Path, literal: ModuleType | None
 ) -> pd.DataFrame:
-    """Measure all engines, precisions and batches of one size, in turn."""
+    """Measure all engines and precisions of one size in turn, batch after batch, the smallest first.
+
+    What one batch takes tells which cases of a larger one would take too long: they are left out untried, as an engine
+    keeps the gigabytes of its largest batch.
+    """
     shape = (2, 3, *detector.image_size)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     how = {"threads": settings.cores, "compiled": size in settings.compiled, "exports": settings.exports}
@@ -276,13 +283,18 @@ def _one_size(
     if literal and size != "XS":  # which is not the paper's
         found = {("literal", "float32"): of_literal(literal, detector)} | found
     anew = detector.device.type != "cuda"  # torch.compile would compile for another batch
-    calls = {}
-    for batch in settings.batches:
+    tables, cases, an_image = [], [], dict.fromkeys(found, 0.0)
+    for batch in sorted(set(settings.batches)):
         given = torch.rand((batch, *shape[1:]), device=detector.device)
-        for (engine, precision), call in found.items():
-            if not (engine == "torch.compile" and anew and batch != settings.batches[0]):
-                calls[engine, precision, batch] = lambda call=call, given=given: call(given)
-    return measure(calls, seconds=settings.seconds, longest=settings.longest)
+        keys = [key for key in found if not (key[0] == "torch.compile" and anew and tables)]
+        cases += [(*key, batch) for key in keys]
+        short = [key for key in keys if batch * an_image[key] <= settings.longest]
+        calls = {(*key, batch): lambda call=found[key], given=given: call(given) for key in short}
+        if calls:
+            tables.append(measure(calls, seconds=settings.seconds, longest=settings.longest))
+            medians = tables[-1]["median_ms"]
+            an_image = {key: medians.get((*key, batch), np.nan) / 1000 / batch for key in keys}
+    return pd.concat(tables).reindex(cases).fillna({"calls": 0})
 
 
 def chance_detector(size: str, image_size: Sequence[int], device: torch.device, channels: int = 384) -> EfficientAD:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Numbers of glibc's `mallopt` options."""
 
-DEFAULT = 128 * 1024
-"""Bytes of either threshold as glibc starts with them."""
+GROWN = 32 * 2**20
+"""Bytes above which glibc takes a block from the system by itself at most: its threshold grows up to here in use."""
 
 
 @contextmanager
@@ -19,16 +19,16 @@ def kept_memory() -> Iterator[None]:
     """Let the C library keep large blocks that are freed, inside the `with`, and give them back at its end.
 
     glibc returns a freed block of megabytes to the system at once, and the next one of its size is cleared page by page
-    as it is first written, which takes about a tenth of a training step on a CPU. Elsewhere than in glibc nothing
-    happens.
+    as it is first written. On a CPU that takes a tenth of a training step, and of detection up to a half on virtual
+    machines, whose system returns pages further, to its host. Elsewhere than in glibc nothing happens.
     """
     keep_memory()
     try:
         yield
     finally:
         if libc := _glibc():
-            libc.mallopt(MMAP_THRESHOLD, DEFAULT)
-            libc.mallopt(TRIM_THRESHOLD, DEFAULT)
+            libc.mallopt(MMAP_THRESHOLD, GROWN)
+            libc.mallopt(TRIM_THRESHOLD, 2 * GROWN)
             libc.malloc_trim(0)
 
 

@@ -13,6 +13,7 @@ from effad_lib.cards import is_number
 from effad_lib.detection import COLUMNS, Wanted, decision, detect_one, inside, write_table
 from effad_lib.documents import DocumentError, read_json
 from effad_lib.engines import Inspector
+from effad_lib.memory import kept_memory
 from effad_lib.reading import ImageError, images_below
 from effad_lib.runs import finish_step_on_interrupt, write_json
 
@@ -55,7 +56,7 @@ def watch(
     done: dict[Path, Version] = {}
     seen: dict[Path, tuple[Version, float]] = {}
     count = 0
-    with finish_step_on_interrupt() as interrupted:
+    with kept_memory(), finish_step_on_interrupt() as interrupted:
         while not interrupted():
             now, there = time.monotonic(), dict(_versions(images, out))
             # What was taken away is forgotten, so that memory does not grow with the years.

@@ -100,6 +100,30 @@ def test_the_grid_has_every_case_and_what_follows_from_it(tmp_path, monkeypatch)
     assert row["gflop"] == flop(detector, (64, 64)) / 1e9
 
 
+def test_what_a_small_batch_shows_to_take_too_long_is_not_tried_with_a_larger_one(tmp_path, monkeypatch):
+    clock, seen = [0.0], []
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(latency.time, "sleep", lambda _: None)
+
+    def engine(name, seconds):
+        def call(images):
+            seen.append((name, len(images)))
+            clock[0] += seconds * len(images)
+
+        return call
+
+    found = {(name, "float32"): engine(name, seconds) for name, seconds in {"quick": 0.1, "slow": 0.3}.items()}
+    monkeypatch.setattr(latency, "contenders", lambda *_, **__: found)
+    monkeypatch.setattr(latency, "peak", lambda *_: 2e9)
+    settings = LatencySettings(image_size=[64, 64], batches=[16, 4, 1], longest=1.0, compiled=[])
+    table = grid({"XS": chance_detector("XS", (64, 64), CPU, channels=8)}, settings, tmp_path)
+    assert set(seen) == {("quick", 1), ("quick", 4), ("slow", 1)}
+    medians = table.set_index(["engine", "batch"])["median_ms"]
+    assert medians["quick", 4] == pytest.approx(400) and medians["slow", 1] == pytest.approx(300)
+    assert medians[[("slow", 4), ("quick", 16), ("slow", 16)]].isna().all() and len(table) == 6
+    assert table["calls"].min() == 0
+
+
 def test_accuracy_is_that_of_the_test_images(evaluated_run):
     samples = data_to_test(evaluated_run).test
     detector = EfficientAD.load(Run(evaluated_run).model)
