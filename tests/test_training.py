@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from effad_lib import losses, training
 from effad_lib.backbones import file_sha256
+from effad_lib.benchmark import trainer_of
 from effad_lib.datasets import DatasetError, load_dataset
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import prefetched
@@ -156,6 +157,18 @@ def test_a_compiled_training_is_the_same_but_for_rounding(start, monkeypatch):
     assert np.corrcoef(*(d.student.head.weight.detach().flatten() for d in (plain, compiled)))[0, 1] > 0.999
     with pytest.raises(SettingsError, match="compiled = 'fast': compiled takes"):
         start("wrong", compiled="fast")
+
+
+@pytest.mark.parametrize(("size", "faster"), [("S", 1), ("XS", 32)])
+def test_the_last_layer_of_xs_learns_faster(size, faster):
+    """Adam's first step moves each weight by the learning rate, whatever its gradient."""
+    with trainer_of(size, (64, 64), learning_rate=1e-3, device="cpu") as trainer:
+        student = trainer.detector.student
+        before = {name: weight.clone() for name, weight in student.named_parameters()}
+        trainer.train_step(next(trainer.draws()))
+        moved = {name: (weight - before[name]).abs().max().item() for name, weight in student.named_parameters()}
+    assert moved["head.weight"] == pytest.approx(faster * 1e-3, rel=0.01)
+    assert moved["trunk.0.weight"] == pytest.approx(1e-3, rel=0.01)
 
 
 def test_seed_decides(start):

@@ -22,7 +22,7 @@ from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, readable, write_text
 from effad_lib.settings import cores
 from effad_lib.training.settings import TrainingSettings
-from effad_lib.training.step import Draw, Losses, step_factor, training_losses
+from effad_lib.training.step import HEAD_RATES, Draw, Losses, step_factor, training_losses
 
 KEPT_CHECKPOINTS = 3
 VALIDATION_IMAGES = 64
@@ -62,9 +62,10 @@ class Trainer:
             self._measure_teacher()
             if settings.initialisation == "scaled":
                 initialise(detector.student, detector.normalise(to_float(self.images[:8])))
-        self.parameters = [*detector.student.parameters(), *detector.autoencoder.parameters()]
+        body = [*detector.student.trunk.parameters(), *detector.autoencoder.parameters()]
+        head = [*detector.student.head.parameters()]
         self.optimiser = torch.optim.Adam(
-            self.parameters,
+            [{"params": body, "times": 1.0}, {"params": head, "times": HEAD_RATES[settings.size]}],
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=self.device.type != "mps",
@@ -178,7 +179,7 @@ class Trainer:
         self.first_bad = torch.where(bad, len(self.drawn) - 1, self.first_bad)
         factor = step_factor(self.step, settings.steps, settings.schedule)
         for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate * factor
+            group["lr"] = settings.learning_rate * factor * group["times"]
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
         self.scaler.step(self.optimiser)
