@@ -17,7 +17,7 @@ from effad_lib.execution import execute, import_papermill
 from effad_lib.images import packaged_photographs
 from effad_lib.profiles import NOTEBOOKS, Step, load_profile, notebook_parameters
 from effad_lib.runs import Run, RunError, from_project
-from effad_lib.training import TrainingSettings, train
+from effad_lib.training import HEAD_RATES, TrainingSettings, train
 
 __all__ = [
     "NOTEBOOKS",
@@ -119,12 +119,15 @@ def departures(settings: TrainingSettings) -> dict[str, tuple[Any, Any]]:
     """Return where a training departs from the paper: for each name the paper's value and this one.
 
     The paper's values are the defaults of `TrainingSettings`. A teacher that was not made as in Algorithm 3, as its
-    card says, and penalty images other than ImageNet are departures too. Raises `SettingsError` without a teacher.
+    card says, penalty images other than ImageNet, and how XS learns are departures too. Raises `SettingsError` without
+    a teacher.
     """
     paper, here = TrainingSettings().as_dict(), settings.as_dict()
     found = {name: (paper[name], here[name]) for name in paper if name not in OURS and here[name] != paper[name]}
     if settings.size == "M":  # the paper's other size
         del found["size"]
+    if (times := HEAD_RATES[settings.size]) != 1:
+        found["student's last layer"] = ("learns as fast as the rest", f"learns {times:g} times as fast")
     card = load_teacher(settings.teacher or settings.size, padding=settings.padding)[1]
     if made := card.get("settings"):
         original = DistillationSettings().as_dict()

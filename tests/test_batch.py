@@ -194,6 +194,7 @@ def test_departures_are_computed_from_settings_and_card(teachers):
     assert found["steps"] == (70_000, 500) and found["batch_size"] == (1, 2)
     assert found["image_size"] == ([256, 256], [64, 96])
     assert found["size"] == ("S", "XS") and found["weight_penalty"] == (1.0, 0.0)
+    assert found["student's last layer"] == ("learns as fast as the rest", "learns 32 times as fast")
     assert found["teacher"] == ("Algorithm 3 on ImageNet", "backbone efficientnet_lite2, 1000 photographs")
 
 
