@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml
 	@touch $(INSTALLED)
 
 # Ten minutes of a machine without other work.
-LATENCY = {run_folder: runs/quick/synthetic, sizes: [XS, S, M], image_size: [256, 256], batches: [1, 4], threads: 0, longest: 10}
+LATENCY = {run_folder: runs/quick/synthetic, sizes: [XS, S, M], image_size: [256, 256], batches: [1, 16], threads: 0, longest: 5}
 
 # The pictures of README.md, from the runs of `make run`.
 figures: run
