@@ -53,8 +53,8 @@ class LatencySettings(Settings):
     image_size: list[int] = (64, 64)  # height and width in pixels for that; the paper's is 256 256
     batches: list[int] = (1, 16)  # images at a time
     seconds: float = 0.3  # to measure each case for, three calls at least
-    longest: float = 1.0  # cases whose call takes more seconds than this are left out
-    compiled: list[str] = ("S",)  # sizes for torch.compile, at the smallest of the batches; half a minute for each
+    longest: float = 2.0  # cases whose call takes more seconds than this are left out
+    compiled: list[str] = ("S",)  # sizes for torch.compile, for the smallest batch; half a minute for each
     exports: bool = True  # measure ONNX Runtime and OpenVINO too
     most_images: int = 70  # of the test images, evenly spread, for accuracy against latency
     threads: int = 1  # of the CPU for every engine; 0 takes all cores, which wants a machine without other work
