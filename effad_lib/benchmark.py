@@ -37,7 +37,7 @@ class BenchmarkSettings(Settings):
     image_size: list[int] = (256, 256)  # height and width in pixels
     precisions: list[str] = ("float32", "bfloat16")  # of training; inference has those of the exports
     compiled: str = ""  # a mode of torch.compile for training too: default, reduce-overhead, max-autotune
-    seconds: float = 10.0  # to measure each case for, three times at least
+    seconds: float = 10.0  # to measure each case for, five times at least
     inference: bool = True  # measure detection too
     exports: bool = True  # in ONNX Runtime and OpenVINO as well
     growth: bool = False  # instead of both: cost against number and size of images and batch

@@ -36,6 +36,9 @@ PRECISIONS = ("float32", "float16", "int8")
 PAUSE = 0.01
 """Seconds between two calls: threads of the last one that still wait for work would slow the next one down."""
 
+LEAST_CALLS = 5
+"""That each case is timed for."""
+
 Call = Callable[[Tensor], object]
 """From images float32 [N, 3, H, W] in [0, 1] on a device to maps and scores, finished when it returns."""
 
@@ -52,7 +55,7 @@ class LatencySettings(Settings):
     sizes: list[str] = ("S", "M")  # whose latency is measured, with random weights
     image_size: list[int] = (64, 64)  # height and width in pixels for that; the paper's is 256 256
     batches: list[int] = (1, 16)  # images at a time
-    seconds: float = 0.3  # to measure each case for, three calls at least
+    seconds: float = 0.3  # to measure each case for, five calls at least
     longest: float = 2.0  # cases whose call takes more seconds than this are left out
     compiled: list[str] = ("S",)  # sizes for torch.compile, for the smallest batch; half a minute for each
     exports: bool = True  # measure ONNX Runtime and OpenVINO too
@@ -150,9 +153,10 @@ def measure(calls: Mapping[tuple, Callable[[], object]], *, seconds: float, long
     """Time calls in turn, one of each a round, so that whatever slows the machine slows all of them.
 
     After two calls that warm up, the second of which decides whether a call takes longer than `longest` and is left
-    out, each is timed for `seconds` and three times at least. Returns for each key median_ms, p99_ms (the 99th
+    out, each is timed for `seconds` and five times at least. Returns for each key median_ms, p99_ms (the 99th
     percentile; with less than a hundred calls that is close to the slowest) and calls; NaN for those left out. Memory
-    is kept from call to call, as training, evaluation and detection keep it, and as the runtimes of exports do.
+    is kept from call to call, as training, evaluation and detection keep it, and as the runtimes of exports do; while
+    it grows, the first few calls clear new pages, which a median of three would show.
     """
     took: dict[tuple, list[float]] = {}
     with kept_memory():
@@ -166,7 +170,7 @@ def measure(calls: Mapping[tuple, Callable[[], object]], *, seconds: float, long
             for key in waiting:
                 time.sleep(PAUSE)
                 took[key].append(_timed(calls[key]))
-            waiting = [key for key in waiting if len(took[key]) < 3 or sum(took[key]) < seconds]
+            waiting = [key for key in waiting if len(took[key]) < LEAST_CALLS or sum(took[key]) < seconds]
             waiting = waiting[1:] + waiting[:1]  # nobody always comes after the same one
     rows = {
         key: [1000 * statistics.median(took[key]), 1000 * float(np.quantile(took[key], 0.99)), len(took[key])]
