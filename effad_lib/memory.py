@@ -1,10 +1,11 @@
-"""The process's memory: keep what a training loop frees and takes again in each step; how much was taken at most."""
+"""The process's memory: keep what a training loop frees and takes again; how much was taken at most; running out."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -12,6 +13,30 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 GROWN = 32 * 2**20
 """Bytes above which glibc takes a block from the system by itself at most: its threshold grows up to here in use."""
+
+
+class OutOfMemory(RuntimeError):
+    """Raised when work takes more memory than the machine or its accelerator gives; says what to make smaller."""
+
+
+@contextmanager
+def enough_memory(work: object, settings: Mapping[str, object]) -> Iterator[None]:
+    """Turn running out of memory inside the `with` into `OutOfMemory`, which names `settings` and their values.
+
+    Systems that promise more than they have (Linux does) may end the process instead when it takes what was promised.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch raises the latter
+        reason = str(error)
+        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", reason)):
+            raise
+        asked = re.search(r"allocate (\d[\d.]* ?[KMGTPE]?i?B(?:ytes)?)", reason, re.IGNORECASE)
+        given = ", ".join(f"{name} = {value}" for name, value in settings.items())
+        raise OutOfMemory(
+            f"{work}: out of memory{f' for {asked[1]} more' if asked else ''} with {given}. Make one of these smaller, "
+            f"in a new run folder."
+        ) from error
 
 
 @contextmanager

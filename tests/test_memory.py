@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
-from effad_lib.memory import kept_memory, peak_memory
+from effad_lib.memory import OutOfMemory, enough_memory, kept_memory, peak_memory
 
 HELD = """
 import numpy as np
@@ -44,3 +46,20 @@ def test_peak_is_in_bytes():
     block = bytearray(before // 2 + 10_000_000)  # more than what is free of what was ever held
     block[::4096] = b"1" * len(block[::4096])
     assert peak_memory() >= before > 10_000_000
+
+
+@pytest.mark.parametrize("take", [torch.empty, np.empty])
+def test_running_out_names_what_to_make_smaller(take):
+    with (
+        pytest.raises(
+            OutOfMemory, match=r"runs/a: out of memory for [\d.]+ ?\w+ more with size = S, batch_size = 7\. Make"
+        ),
+        enough_memory("runs/a", {"size": "S", "batch_size": 7}),
+    ):
+        take(2**50)
+
+
+def test_other_errors_are_not_taken_for_it():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught, enough_memory("runs/a", {}):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not isinstance(caught.value, OutOfMemory)

@@ -23,6 +23,7 @@ from effad_lib.datasets import DatasetError, load_dataset
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import prefetched
 from effad_lib.images import ImageError
+from effad_lib.memory import OutOfMemory
 from effad_lib.networks import PDN
 from effad_lib.runs import Run, RunError
 from effad_lib.settings import SettingsError
@@ -290,6 +291,12 @@ def test_a_loss_that_is_not_finite_between_two_validations_names_step_and_image(
         start("run", validate_every=12)
     saved = Run(tmp_path / "run").load_checkpoint("last")
     assert saved["step"] == 4 and all(value.isfinite().all() for value in saved["student"].values())
+
+
+def test_a_batch_too_large_for_the_memory_is_named_with_its_size(start, monkeypatch):
+    monkeypatch.setattr(training.Trainer, "train_step", lambda self, draw: torch.empty(2**50))
+    with pytest.raises(OutOfMemory, match=r"run: out of memory .* image_size = \[64, 64\], batch_size = 1, .* smaller"):
+        start("run")
 
 
 def test_a_student_that_has_died_is_said_to_have(start, monkeypatch):

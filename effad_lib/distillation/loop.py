@@ -22,7 +22,7 @@ from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation, photographs, prefetched
 from effad_lib.distillation.teachers import save_teacher
 from effad_lib.images import NaturalImages
-from effad_lib.memory import kept_memory
+from effad_lib.memory import enough_memory, kept_memory
 from effad_lib.networks import PDN, Layers
 from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, readable, resolve
@@ -57,7 +57,8 @@ def distil(settings: DistillationSettings) -> Run:
 
     Writes `teacher.safetensors` with its card `teacher.json`, TensorBoard scalars, a checkpoint now and then, and
     `metrics.json` at the end. Started by `torchrun`, the processes share each batch, and the result is that of one
-    process but for rounding. Raises `SettingsError`, `ImageError` or `RunError` before work starts. Algorithm 3.
+    process but for rounding. Raises `SettingsError`, `ImageError` or `RunError` before work starts, and `OutOfMemory`
+    when a step takes too much. Algorithm 3.
     """
     run = Run(settings.run_folder)
     with joined(pick_device(settings.device)) as (processes, device):
@@ -73,10 +74,12 @@ def distil(settings: DistillationSettings) -> Run:
         processes.wait()
         if not run.done:
             views = Views(settings, natural, backbone)
-            distiller = Distiller(settings, run, views, device, processes)
-            distiller.loop()
-            if processes.rank == 0:
-                distiller.finish(held_out)
+            sizes = {name: getattr(settings, name) for name in ("backbone", "size", "image_size", "batch_size")}
+            with enough_memory(run.folder, sizes):
+                distiller = Distiller(settings, run, views, device, processes)
+                distiller.loop()
+                if processes.rank == 0:
+                    distiller.finish(held_out)
             processes.wait()
     return run
 

@@ -11,6 +11,7 @@ from effad_lib.datasets import Split, verify_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import load_teacher
 from effad_lib.images import NaturalImages, check_levels, load_images
+from effad_lib.memory import enough_memory
 from effad_lib.provenance import note_provenance
 from effad_lib.runs import Run, resolve
 from effad_lib.settings import SettingsError, pick_device
@@ -38,7 +39,7 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
     Writes `parameters.yaml`, `provenance.json`, checkpoints (last, best, the three best by validation loss),
     TensorBoard scalars and maps, `history.csv` and at the end `model.safetensors`. A finished training is loaded. A
     resumed one ends with the same weights as an undisturbed one, bit for bit on the CPU. Raises `SettingsError`,
-    `ImageError`, `DatasetError` or `RunError` before long work starts.
+    `ImageError`, `DatasetError` or `RunError` before long work starts, and `OutOfMemory` when a step takes too much.
     """
     device = pick_device(settings.device)
     run = Run(settings.run_folder)
@@ -61,20 +62,20 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
     detector = EfficientAD(settings.size, teacher.out_channels, settings.padding, size)
     detector.levels = levels
     detector.teacher.load_state_dict(teacher.state_dict())
-    trainer = Trainer(
-        settings,
-        run,
-        detector.to(device),
-        load_images(
-            [sample.image for sample in split.train], size, levels=levels, description="reading training images"
-        ),
-        load_images(
-            [sample.image for sample in split.validation], size, levels=levels, description="reading validation images"
-        ),
-        natural,
-        [sample.image for sample in split.train],
-    )
-    trainer.loop()
+    sizes = {name: getattr(settings, name) for name in ("size", "image_size", "batch_size", "cache_gb")}
+    with enough_memory(run.folder, sizes):
+        trainer = Trainer(
+            settings,
+            run,
+            detector.to(device),
+            *(
+                load_images([one.image for one in part], size, levels=levels, description=f"reading {name} images")
+                for name, part in (("training", split.train), ("validation", split.validation))
+            ),
+            natural,
+            [sample.image for sample in split.train],
+        )
+        trainer.loop()
     if (dead := trainer.dead_share()) > 0.9:
         warnings.warn(
             f"{run.folder}: {100 * dead:.0f} % of the student's last hidden channels are zero on every held-out image: "
