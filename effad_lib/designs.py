@@ -27,28 +27,24 @@ from effad_lib.settings import SettingsError, nearest, pick_device
 
 DESIGNS: dict[str, Layers] = {
     **PDN_LAYERS,
-    # XS in other widths.
-    "XS-narrow": (Conv(5, 32, 4, 2), Conv(5, 64, 4, 2), Conv(3, 64, 1), Conv(4, 64, 0), Conv(1, OUT, 0)),
-    "XS-wide": (Conv(5, 96, 4, 2), Conv(5, 192, 4, 2), Conv(3, 192, 1), Conv(4, 192, 0), Conv(1, OUT, 0)),
-    # XS with the paper's convolutions followed by pooling, in place of strided ones.
-    "XS-pooled": (
+    # XS in half the width of S.
+    "XS-wide": (
         *(Conv(4, 64, 3), Pool(), Conv(4, 128, 3), Pool()),
         *(Conv(3, 128, 1), Conv(4, 128, 0), Conv(1, OUT, 0)),
     ),
-    # The same, no dearer than XS.
-    "XS-pooled-narrow": (
-        *(Conv(4, 48, 3), Pool(), Conv(4, 96, 3), Pool()),
-        *(Conv(3, 96, 1), Conv(4, 96, 0), Conv(1, OUT, 0)),
-    ),
+    # A convolution followed by pooling becomes one strided convolution of the same 5×5 field.
+    "strided": (Conv(5, 64, 4, 2), Conv(5, 128, 4, 2), Conv(3, 128, 1), Conv(4, 128, 0), Conv(1, OUT, 0)),
+    "strided-narrow": (Conv(5, 32, 4, 2), Conv(5, 64, 4, 2), Conv(3, 64, 1), Conv(4, 64, 0), Conv(1, OUT, 0)),
+    "strided-wide": (Conv(5, 96, 4, 2), Conv(5, 192, 4, 2), Conv(3, 192, 1), Conv(4, 192, 0), Conv(1, OUT, 0)),
     # One convolution with stride 4 in place of two with stride 2.
-    "XS-patches": (Conv(13, 128, 12, 4), Conv(3, 128, 1), Conv(4, 128, 0), Conv(1, OUT, 0)),
+    "strided-patches": (Conv(13, 128, 12, 4), Conv(3, 128, 1), Conv(4, 128, 0), Conv(1, OUT, 0)),
     # Fewer channels into the 4×4 convolution, more out of it.
-    "XS-bottleneck": (
+    "strided-bottleneck": (
         *(Conv(5, 64, 4, 2), Conv(5, 128, 4, 2), Conv(3, 128, 1)),
         *(Conv(1, 64, 0), Conv(4, 192, 0), Conv(1, OUT, 0)),
     ),
     # Each convolution behind the first split into one channel by channel and a 1×1 across channels, which is wider.
-    "XS-depthwise": (
+    "strided-depthwise": (
         *(Conv(5, 64, 4, 2), Conv(5, 64, 4, 2, depthwise=True), Conv(1, 256, 0)),
         *(Conv(3, 256, 1, depthwise=True), Conv(1, 256, 0), Conv(4, 256, 0, depthwise=True), Conv(1, OUT, 0)),
     ),

@@ -48,8 +48,8 @@ PDN_LAYERS: dict[str, Layers] = {
         *(Conv(4, 256, 3), Pool(), Conv(4, 512, 3), Pool()),
         *(Conv(1, 512, 0), Conv(3, 512, 1), Conv(4, OUT, 0), Conv(1, OUT, 0)),
     ),
-    # Ours, for CPUs: a convolution followed by pooling becomes one strided convolution of the same 5×5 field.
-    "XS": (Conv(5, 64, 4, 2), Conv(5, 128, 4, 2), Conv(3, 128, 1), Conv(4, 128, 0), Conv(1, OUT, 0)),
+    # Ours, for CPUs: S in three eighths of its width, and the many output channels behind a convolution of 1×1.
+    "XS": (Conv(4, 48, 3), Pool(), Conv(4, 96, 3), Pool(), Conv(3, 96, 1), Conv(4, 96, 0), Conv(1, OUT, 0)),
 }
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

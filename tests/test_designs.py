@@ -76,7 +76,7 @@ def product(given):
 
 
 SMALL = {"views": 6, "image_size": (64, 64), "bank": 50}
-TWO = ["XS-narrow", "XS-patches"]
+TWO = ["strided-narrow", "strided-patches"]
 
 
 # --- the table of designs -------------------------------------------------------------------------------------------
@@ -102,16 +102,16 @@ def test_cost_is_counted_by_hand_for_a_depthwise_design():
     cells = 56 * 56
     first, second = 126**2 * 3 * 25 * 64, 61**2 * 25 * 64  # the latter channel by channel
     across = 61**2 * 64 * 256 + 59**2 * (9 * 256 + 256 * 256) + cells * (16 * 256 + 256 * 384)
-    found = cost("XS-depthwise")
+    found = cost("strided-depthwise")
     assert found["teacher_gmac"] == pytest.approx((first + second + across) / 1e9, rel=1e-12)
     student = first + second + across + cells * 256 * 384
-    autoencoder = cost("XS")["detector_gmac"] - 2 * cost("XS")["teacher_gmac"] - cells * 128 * 384 / 1e9
+    autoencoder = cost("XS")["detector_gmac"] - 2 * cost("XS")["teacher_gmac"] - cells * 96 * 384 / 1e9
     assert found["detector_gmac"] == pytest.approx((first + second + across + student) / 1e9 + autoencoder, rel=1e-12)
 
 
 def test_layers_in_words():
     assert describe(DESIGNS["S"]) == "4×4 128, pool, 4×4 256, pool, 3×3 256, 4×4 out"
-    assert describe(DESIGNS["XS-depthwise"]).startswith("5×5/2 64, 5×5/2 each channel, 1×1 256")
+    assert describe(DESIGNS["strided-depthwise"]).startswith("5×5/2 64, 5×5/2 each channel, 1×1 256")
 
 
 # --- the comparison -------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_an_interrupted_comparison_ends_in_the_same_table(settings, product, tmp
     with pytest.raises(TypeError):
         explore(TWO, stopped, [product], out, **SMALL | {"bank": 40})
     monkeypatch.setitem(designs.DESIGNS, TWO[0], DESIGNS["XS"])
-    with pytest.raises(RunError, match=r"XS-narrow holds a run with other settings \(layers: "):
+    with pytest.raises(RunError, match=r"strided-narrow holds a run with other settings \(layers: "):
         explore(TWO, stopped, [product], out, **SMALL)
 
 
@@ -172,7 +172,7 @@ def test_what_cannot_work_is_said_before_work(settings, product, tmp_path):
         with pytest.raises(error, match=match):
             explore(names, settings(**(changes or {})), splits, to, **SMALL | sizes)
 
-    refused(SettingsError, r"unknown design 'XS-narow'.*Did you mean 'XS-narrow'", names=["XS-narow"])
+    refused(SettingsError, r"unknown design 'strided-narow'.*Did you mean 'strided-narrow'", names=["strided-narow"])
     refused(SettingsError, "XS, XS: takes one name or more, each once", names=["XS", "XS"])
     refused(SettingsError, "held_out = 0", changes={"held_out": 0})
     refused(SettingsError, "only 6 photographs are in", changes={"held_out": 6})
@@ -188,12 +188,12 @@ def test_the_command_compares_designs(settings, given, tmp_path, capsys):
     few = settings(steps=1).as_options(leave_out=("size",))
     out = tmp_path / "table.csv"
     sizes = f"--views 4 --probe-size 64 64 --bank 50 --out {out}"
-    assert main(["designs", "XS-narrow", "--on", f"folder={given / 'product'}", *few.split(), *sizes.split()]) == 0
+    assert main(["designs", "strided-narrow", "--on", f"folder={given / 'product'}", *few.split(), *sizes.split()]) == 0
     printed = capsys.readouterr().out
     row = pd.read_csv(out).iloc[0]
-    assert row["design"] == "XS-narrow" and row["steps"] == 1
+    assert row["design"] == "strided-narrow" and row["steps"] == 1
     shown = printed.splitlines()[1].split()
-    assert shown[0] == "XS-narrow" and float(shown[4]) == pytest.approx(row["held_out_loss"], abs=1e-3)
+    assert shown[0] == "strided-narrow" and float(shown[4]) == pytest.approx(row["held_out_loss"], abs=1e-3)
     assert printed.splitlines()[-1] == str(out)
-    assert main(["designs", "XS-narow", "--on", "folder=nothing"]) == 2
-    assert "Did you mean 'XS-narrow'" in capsys.readouterr().err, "before any data set is looked for"
+    assert main(["designs", "strided-narow", "--on", "folder=nothing"]) == 2
+    assert "Did you mean 'strided-narrow'" in capsys.readouterr().err, "before any data set is looked for"

@@ -15,7 +15,7 @@ HEAD_RATES = {"S": 1.0, "M": 1.0, "XS": 32.0}
 """How many times as fast the student's last layer learns as the rest: 1 in the paper, 32 in XS, which is ours.
 
 A step of Adam moves every weight by about the learning rate, so an output by that times the inputs of its layer:
-4×4×256 in S, 1×1×128 in XS, a 32nd. At one rate XS spends a short schedule on its last layer.
+4×4×256 in S, 1×1×96 in XS, a 43rd. At one rate XS spends a short schedule on its last layer.
 """
 
 
