@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
@@ -26,6 +28,14 @@ SMALLEST = 64
 
 LARGEST = 16_384
 """The largest side in pixels that images can be brought to: the teacher's features of such a square are 26 GB."""
+
+MOST_PIXELS = LARGEST**2
+"""An image of more pixels is refused before it is decoded: reading this many takes 3 GB.
+Pillow's own limit is lower than what line cameras take; twice this one is its limit for what is hidden inside a file,
+such as the tiles of a TIFF."""
+
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of what is refused by name, see `_opened`
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
@@ -112,18 +122,18 @@ def read_image(path: str | Path, size: Size | None = None, levels: Levels | None
 
     Returns uint8 [3, H, W]. Eight-bit grey, palette and transparent images become RGB, the three channels of grey ones
     equal; 16-bit grey ones are brought to 8 bits by `levels` first. Raises `ImageError` for files that cannot be
-    decoded, for 16-bit colour, float and CMYK images, 16-bit grey without `levels` and several images in one file,
+    decoded or are of more than `MOST_PIXELS`, for 16-bit colour, float and CMYK images, 16-bit grey without `levels` and several images in one file,
     whose conversion would be a guess, and, where a `size` is given, for sides below 64 pixels: enlarging would invent
     what the networks are to judge.
     """
     with _opened(path, "an image", (*MODES, *SIXTEEN_BITS) if levels else MODES) as image:
-        upright = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode in SIXTEEN_BITS:
             low, high = levels
-            share = (np.asarray(upright, dtype=float) - low) / (high - low)
+            share = (np.asarray(image, dtype=float) - low) / (high - low)
             pixels = np.repeat(np.rint(255 * share.clip(0, 1)).astype(np.uint8)[None], 3, axis=0)
         else:
-            pixels = np.array(upright.convert("RGB")).transpose(2, 0, 1)
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB")).transpose(2, 0, 1)
     try:
         return pixels if size is None else fitted(pixels, size)
     except ImageError as error:
@@ -158,6 +168,8 @@ def _opened(path: str | Path, what: str, modes: tuple[str, ...] = MODES) -> Iter
     """Yield an image file of a supported mode, opened; what fails in opening or decoding it is an `ImageError`."""
     try:
         with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise _too_many(path, f"{image.width:,}×{image.height:,}")
             _check_mode(path, what, image, modes)
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # a telephone's JPEG, of which the others are previews
@@ -165,8 +177,14 @@ def _opened(path: str | Path, what: str, modes: tuple[str, ...] = MODES) -> Iter
             yield image
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:  # with nothing but its text to tell the number by
+        raise _too_many(path, f"{int(re.search('[0-9]+', str(error))[0]):,}") from error
     except Exception as error:  # of a broken file Pillow raises whatever its parsing runs into
         raise ImageError(f"{path}: cannot be read as {what} ({error}). Replace or remove the file.") from error
+
+
+def _too_many(path: str | Path, pixels: str) -> ImageError:
+    return ImageError(f"{path}: {pixels} pixels, at most {MOST_PIXELS:,} are read. Cut it into several images.")
 
 
 def _check_mode(path: str | Path, what: str, image: Image.Image, modes: tuple[str, ...]) -> None:

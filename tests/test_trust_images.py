@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -15,6 +17,7 @@ from trust import YCBCR, command_refused, refused
 from effad_lib.cli import main
 from effad_lib.datasets import load_dataset, verify
 from effad_lib.images import check_levels, check_size, read_image, read_mask
+from effad_lib.runs import PROJECT
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (72, 80, 3), dtype=np.uint8)
 GREY = PIXELS[..., 0]
@@ -113,7 +116,8 @@ REFUSED = {  # name of the file: its bytes, and what is said of it
     "too few data.png": (png(80, 72, rows=bytes(300)), UNREADABLE),
     "an unknown number of bits.png": (png(80, 72, bits=5), UNREADABLE),
     "no columns.png": (png(0, 72), UNREADABLE),
-    "decompression bomb.png": (png(60_000, 60_000), "decompression bomb"),
+    "decompression bomb.png": (png(60_000, 60_000), "3,600,000,000 pixels, at most 268,435,456 are read. Cut it into"),
+    "more pixels than are read.png": (png(16_385, 16_384), "16,385×16,384 pixels, at most 268,435,456 are read"),
     "decompression bomb of text.png": (png(80, 72, rows=bytes(10**8), name=b"zTXt"), UNREADABLE),
     "16 bits a colour.png": (png(80, 72, bits=16, rows=bytes(72 * 481)), "16 bits a channel is not supported"),
     "16 bits of grey.png": (packed(GREY.astype(np.uint16) * 16), "--levels 0 4095, or save it as 8-bit"),
@@ -149,6 +153,17 @@ def test_a_photograph_of_a_telephone_is_its_first_image(tmp_path):
     (tmp_path / "a.jpg").write_bytes(content)
     assert Image.open(tmp_path / "a.jpg").n_frames == 2
     assert np.abs(read_image(tmp_path / "a.jpg").mean() - PIXELS.mean()) < 2
+
+
+def test_a_line_scan_of_200_million_pixels_is_read_without_a_warning_of_pillow(tmp_path):
+    """In a process of its own: of this one pytest keeps the warnings."""
+    Image.new("1", (20_000, 10_000), 1).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(png(20_000, 20_000))
+    script = "import sys; from effad_lib.reading import *; print(read_image(sys.argv[1]).shape); read_image(sys.argv[2])"
+    command = [sys.executable, "-c", script, tmp_path / "a.png", tmp_path / "b.png"]
+    answer = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert answer.stdout == "(3, 10000, 20000)\n" and "Warning" not in answer.stderr
+    assert "b.png: 20,000×20,000 pixels, at most 268,435,456 are read" in answer.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -211,7 +226,7 @@ MASKS = {  # of a defective image: the file's bytes, and what is said of them
     "floats": (packed(TRUTH / np.float32(255), kind="TIFF"), "image mode F is not supported"),
     "CMYK": (packed(np.dstack([TRUTH] * 3), kind="TIFF", mode="CMYK"), "image mode CMYK is not supported"),
     "two pages": (animated("TIFF"), "holds 2 images where one is expected"),
-    "a decompression bomb": (png(60_000, 60_000), "decompression bomb"),
+    "a decompression bomb": (png(60_000, 60_000), "3,600,000,000 pixels, at most 268,435,456 are read"),
     "PostScript": (POSTSCRIPT, "cannot be read as a mask"),
 }
 
