@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 import warnings
@@ -17,7 +18,7 @@ from effad_lib.engines import RUNTIMES, Inspection, Inspector, load_exported
 from effad_lib.memory import kept_memory
 from effad_lib.progress import progress
 from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
-from effad_lib.runs import write_bytes, write_csv
+from effad_lib.runs import LongNameError, RunError, write_bytes, write_csv
 from effad_lib.settings import SettingsError
 from effad_lib.tiling import check_overlap, inspect_tiles
 
@@ -88,7 +89,7 @@ def detect(
     model's size, whatever their own; with `tile_overlap` they are cut into tiles that overlap by so many pixels, see
     `inspect_tiles`. One image is in memory at a time. Raises `ImageError` if there is no image, `SettingsError` for a
     model without threshold, for one with broken maps, for `save_masks` without pixel threshold and for tiles that the
-    model cannot take, `RunError` if nothing can be written.
+    model cannot take, `RunError` if nothing can be written. Whatever stops it, `scores.csv` holds what was done.
     """
     wanted = Wanted(save_maps, save_masks, tile_overlap)
     wanted.check(detector)
@@ -110,6 +111,10 @@ def detect(
     except KeyboardInterrupt:
         write_table(rows, out)
         raise KeyboardInterrupt(f"stopped: {len(rows)} of {len(found)} images are done, see {out}") from None
+    except (RunError, SettingsError):
+        with contextlib.suppress(RunError):
+            write_table(rows, out)
+        raise
     return write_table(rows, out)
 
 
@@ -162,7 +167,7 @@ def detect_one(
 ) -> tuple[float, float | None]:
     """Write the results of one image; return its score and the share of its pixels that is marked.
 
-    Raises `ImageError` if it cannot be read, and else as `detect`.
+    Raises `ImageError` if it cannot be read or its name is too long for its results, and else as `detect`.
     """
     image = read_image(path, levels=detector.levels)
     mask = None if truth is None else read_mask(truth, image.shape[1:])
@@ -176,20 +181,28 @@ def detect_one(
     if wanted.save_maps:
         packed = io.BytesIO()
         np.save(packed, heat, allow_pickle=False)
-        write_bytes(inside(out, "maps", f"{name}.npy"), packed.getvalue())
+        _write(out, "maps", f"{name}.npy", packed.getvalue())
     marked = None if detector.pixel_threshold is None else heat > detector.pixel_threshold
     if wanted.save_masks:
         packed = io.BytesIO()
         Image.fromarray(marked.astype(np.uint8) * 255).save(packed, format="PNG")
-        write_bytes(inside(out, "masks", f"{name}.png"), packed.getvalue())
+        _write(out, "masks", f"{name}.png", packed.getvalue())
     title = f"{name.as_posix()}: score {score:.3g}"
     # Below 0.1, the 99.5 % quantile of normal pixels, a threshold would stretch mere noise over the whole scale.
     scale = plots.heat_scale([], max(detector.threshold, 0.1))
     figure = plots.heatmap_panel(
         image, heat, mask, scale=scale, threshold=detector.threshold, marked=marked, title=title
     )
-    write_bytes(inside(out, "heatmaps", f"{name}.png"), plots.as_png(figure))
+    _write(out, "heatmaps", f"{name}.png", plots.as_png(figure))
     return score, None if marked is None else float(marked.mean())
+
+
+def _write(out: Path, kind: str, name: str, data: bytes) -> None:
+    """Write a result of one image; a name that is too long for it is a fault of that image alone."""
+    try:
+        write_bytes(inside(out, kind, name), data)
+    except LongNameError as error:
+        raise ImageError(str(error)) from error
 
 
 def inspect_one(detector: Inspector, image: np.ndarray, tile_overlap: int | None = None) -> Inspection:

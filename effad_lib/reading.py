@@ -31,8 +31,9 @@ LARGEST = 16_384
 
 MOST_PIXELS = LARGEST**2
 """An image of more pixels is refused before it is decoded: reading this many takes 3 GB.
-Pillow's own limit is lower than what line cameras take; twice this one is its limit for what is hidden inside a file,
-such as the tiles of a TIFF."""
+
+Pillow's own limit is lower than what line cameras take. This one takes its place, as what is hidden inside a file, such
+as the tiles of a TIFF, is known to Pillow alone."""
 
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of what is refused by name, see `_opened`
@@ -122,9 +123,9 @@ def read_image(path: str | Path, size: Size | None = None, levels: Levels | None
 
     Returns uint8 [3, H, W]. Eight-bit grey, palette and transparent images become RGB, the three channels of grey ones
     equal; 16-bit grey ones are brought to 8 bits by `levels` first. Raises `ImageError` for files that cannot be
-    decoded or are of more than `MOST_PIXELS`, for 16-bit colour, float and CMYK images, 16-bit grey without `levels` and several images in one file,
-    whose conversion would be a guess, and, where a `size` is given, for sides below 64 pixels: enlarging would invent
-    what the networks are to judge.
+    decoded, for more than `MOST_PIXELS`, for 16-bit colour, float and CMYK images, 16-bit grey without `levels` and
+    several images in one file, whose conversion would be a guess, and, where a `size` is given, for sides below 64
+    pixels: enlarging would invent what the networks are to judge.
     """
     with _opened(path, "an image", (*MODES, *SIXTEEN_BITS) if levels else MODES) as image:
         ImageOps.exif_transpose(image, in_place=True)

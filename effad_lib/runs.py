@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -33,6 +34,10 @@ FORSAKEN = 3600.0
 
 class RunError(RuntimeError):
     """A run folder that cannot be used as asked."""
+
+
+class LongNameError(RunError):
+    """A file whose name is longer than its file system takes."""
 
 
 def resolve(path: str | Path, start: Path | None = None) -> Path:
@@ -77,16 +82,25 @@ def write_bytes(path: str | Path, data: bytes | memoryview) -> Path:
         partial.chmod(0o644)
         partial.replace(path)
     except OSError as error:
-        there = next(folder for folder in path.parents if folder.exists())
-        free = shutil.disk_usage(there).free / 2**20
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error} ({free:.0f} MB free there). Free some space or choose "
-            f"another folder, then start again: what was finished before is kept."
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     return path
+
+
+def unwritable(path: Path, error: OSError) -> RunError:
+    """Return what to say of a file that could not be written, with the remedy for its reason."""
+    said = f"cannot write {path}: {error.strerror or error}"
+    if error.errno == errno.ENAMETOOLONG:
+        return LongNameError(f"{said}. Shorten the name.")
+    remedy = ". Choose another folder"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        there = next(folder for folder in path.parents if folder.exists())
+        remedy = (
+            f" ({shutil.disk_usage(there).free / 2**20:.0f} MB free there). Free some space or choose another folder"
+        )
+    return RunError(f"{said}{remedy}, then start again: what was finished before is kept.")
 
 
 def partial_of(path: Path) -> Path:

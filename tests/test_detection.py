@@ -4,6 +4,7 @@ import copy
 import csv
 import errno
 import os
+import re
 import warnings
 
 import numpy as np
@@ -185,6 +186,35 @@ def test_a_full_disk_keeps_the_old_results(small_detector, picture, tmp_path, mo
     with pytest.raises(RunError, match="No space left"):
         detect(small_detector, path, out)
     assert {name: (out / name).read_bytes() for name in files(out)} == before
+
+
+def test_a_name_that_is_too_long_for_results_is_left_out_and_the_rest_done(small_detector, picture, tmp_path, capsys):
+    long = "b" * 236 + ".png"  # which a file may have, but not one that ends in .png.png
+    for name in ("a.png", long, "c.png"):
+        picture(tmp_path / "images" / name)
+    table = detect(small_detector, tmp_path / "images", tmp_path / "out").set_index("file")
+    assert table["error"][["a.png", "c.png"]].tolist() == ["", ""] and np.isnan(table["score"][long])
+    assert re.search(r"cannot write .*bbb\.png\.png: File name too long. Shorten the name.$", table["error"][long])
+    assert files(tmp_path / "out") == ["heatmaps/a.png.png", "heatmaps/c.png.png", "scores.csv"]
+    assert f"left out: {table['error'][long]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RunError("the share is gone"), SettingsError("diverged")], ids=str)
+def test_an_error_that_stops_it_keeps_the_scores_so_far(small_detector, picture, tmp_path, monkeypatch, error):
+    for index in range(3):
+        picture(tmp_path / "images" / f"{index}.png", seed=index)
+    done = detection.detect_one
+
+    def failing(detector, path, *rest):
+        if path.name == "2.png":
+            raise error
+        return done(detector, path, *rest)
+
+    monkeypatch.setattr(detection, "detect_one", failing)
+    with pytest.raises(type(error), match=str(error)):
+        detect(small_detector, tmp_path / "images", tmp_path / "out")
+    with open(tmp_path / "out" / "scores.csv", newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["0.png", "1.png"]
 
 
 def test_ctrl_c_keeps_the_scores_so_far(small_detector, picture, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,29 @@ def test_writing_makes_folders_and_leaves_nothing_else(tmp_path):
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):
     path = write_text(tmp_path / "kept.txt", "old")
-    with full_disk(1000), pytest.raises(RunError, match=r"cannot write .*kept.txt: File too large \(\d+ MB free"):
+    with (
+        full_disk(1000),
+        pytest.raises(RunError, match=r"cannot write .*kept.txt: File too large. Choose another"),
+    ):
         write_bytes(path, bytes(10_000))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, r"No space left on device \(\d+ MB free there\). Free some space or choose another"),
+        (errno.EDQUOT, r"Disk quota exceeded \(\d+ MB free there\). Free some space or choose another"),
+        (errno.EACCES, "Permission denied. Choose another folder, then start again: what was finished before is kept"),
+        (errno.ENAMETOOLONG, "File name too long. Shorten the name"),
+    ],
+    ids=errno.errorcode.get,
+)
+def test_a_remedy_fits_the_reason(tmp_path, number, says):
+    error = runs.unwritable(tmp_path / "none" / "a.txt", OSError(number, os.strerror(number)))
+    assert re.search(f"cannot write .*a.txt: {says}", str(error))
+    assert isinstance(error, runs.LongNameError) == (number == errno.ENAMETOOLONG)
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])

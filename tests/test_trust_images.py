@@ -159,7 +159,9 @@ def test_a_line_scan_of_200_million_pixels_is_read_without_a_warning_of_pillow(t
     """In a process of its own: of this one pytest keeps the warnings."""
     Image.new("1", (20_000, 10_000), 1).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(png(20_000, 20_000))
-    script = "import sys; from effad_lib.reading import *; print(read_image(sys.argv[1]).shape); read_image(sys.argv[2])"
+    script = (
+        "import sys; from effad_lib.reading import *; print(read_image(sys.argv[1]).shape); read_image(sys.argv[2])"
+    )
     command = [sys.executable, "-c", script, tmp_path / "a.png", tmp_path / "b.png"]
     answer = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert answer.stdout == "(3, 10000, 20000)\n" and "Warning" not in answer.stderr
