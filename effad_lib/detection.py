@@ -45,6 +45,9 @@ class Wanted:
             warnings.warn(f"no pixels are marked: {NO_PIXEL_THRESHOLD}", stacklevel=3)
 
 
+WATCH_LOCK = "watch.lock"
+"""In the results of a watched folder, and in no others: who watches, or did last."""
+
 COLUMNS = ("file", "score", "threshold", "decision", "marked", "error")
 
 
@@ -87,13 +90,17 @@ def detect(
     out.
     `masks` is a folder with `a/b_mask.png` or `a/b.png`, or for a single image its mask. Images are brought to the
     model's size, whatever their own; with `tile_overlap` they are cut into tiles that overlap by so many pixels, see
-    `inspect_tiles`. One image is in memory at a time. Raises `ImageError` if there is no image, `SettingsError` for a
-    model without threshold, for one with broken maps, for `save_masks` without pixel threshold and for tiles that the
-    model cannot take, `RunError` if nothing can be written. Whatever stops it, `scores.csv` holds what was done.
+    `inspect_tiles`. One image is in memory at a time. Whatever stops it, `scores.csv` holds what was done.
+
+    Raises `ImageError` if there is no image, `SettingsError` for a model without threshold, for one with broken maps,
+    for `save_masks` without pixel threshold and for tiles that the model cannot take, `RunError` if nothing can be
+    written or `out` is that of a watched folder.
     """
     wanted = Wanted(save_maps, save_masks, tile_overlap)
     wanted.check(detector)
     out = Path(out)
+    if (out / WATCH_LOCK).exists():
+        raise RunError(f"{out} holds the results of a watched folder. Choose another folder for these.")
     found = _listed(Path(images), out)
     truths = pair_masks(masks, list(found))
     rows = []
@@ -125,12 +132,7 @@ def _listed(images: Path, out: Path) -> dict[Path, Path]:
     if not images.is_dir():
         raise ImageError(f"{images}: there is no such image or folder.")
     # Results of an earlier call may lie below the same folder; they are no images to look at.
-    results = out.resolve()
-    listed = {path.relative_to(images): path for path in find_images(images)}
-    listed = {name: path for name, path in listed.items() if not path.resolve().is_relative_to(results)}
-    if not listed:
-        raise ImageError(f"{images}: no image below this folder but the results in {out}.")
-    return listed
+    return {path.relative_to(images): path for path in find_images(images, results=out)}
 
 
 def pair_masks(masks: str | Path | None, names: list[Path]) -> dict[Path, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,6 +108,15 @@ class EfficientAD(nn.Module):
     def device(self) -> torch.device:
         """The device that the networks are on."""
         return self.teacher_mean.device
+
+    @property
+    def identity(self) -> str:
+        """The SHA-256 of all that its decisions depend on: weights, sizes, levels and thresholds."""
+        plain = [getattr(self, name) for name in (*CARD_FIELDS, "levels", "threshold", "pixel_threshold")]
+        digest = hashlib.sha256(json.dumps(plain).encode())
+        for value in self.state_dict().values():
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def save(self, path: str | Path, card: dict[str, Any] | None = None) -> Path:
         """Save weights and card in one safetensors file, whole or not at all; the card is readable JSON metadata."""

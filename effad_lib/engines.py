@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -39,7 +40,8 @@ class Inspector(Protocol):
     """Whatever can judge images: an `EfficientAD` or an `Exported` one.
 
     `image_size` is the size that the networks work at; `input_size` the one to which an image is brought before, None
-    where the model itself resizes whatever it gets; `levels` are those of 16-bit images, see `read_image`.
+    where the model itself resizes whatever it gets; `levels` are those of 16-bit images, see `read_image`; `identity`
+    is a SHA-256 of all that its decisions depend on, thresholds included.
     """
 
     card: dict[str, Any]
@@ -48,6 +50,7 @@ class Inspector(Protocol):
     levels: Levels | None
     threshold: float | None
     pixel_threshold: float | None
+    identity: str
 
     def inspect(self, images: np.ndarray) -> Inspection:
         """Return maps and scores of images uint8 [N, 3, H, W]."""
@@ -57,6 +60,7 @@ class Exported(ABC):
     """A detector out of one exported file; see `load_exported`. `threads` of the CPU, 0 leaves it to the runtime."""
 
     def __init__(self, path: Path, device: str, threads: int) -> None:
+        self.path = path
         try:
             text = self._open(path, device, threads)
             self.card = read_card(text)
@@ -83,6 +87,14 @@ class Exported(ABC):
     @abstractmethod
     def _run(self, images: np.ndarray) -> Sequence[np.ndarray]:
         """Return the four outputs for images float32 [N, 3, H, W] in [0, 1]; the file takes their number and size."""
+
+    @cached_property
+    def identity(self) -> str:
+        """The SHA-256 of the file, with that of the weights where they lie beside it."""
+        digest = hashlib.sha256(self.path.read_bytes())
+        if self.path.suffix == ".xml":
+            digest.update(self.path.with_suffix(".bin").read_bytes())
+        return digest.hexdigest()
 
     def inspect(self, images: np.ndarray) -> Inspection:
         """Return maps and scores of images [N, 3, H, W], uint8 or float32 in [0, 1].

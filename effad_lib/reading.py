@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
@@ -66,42 +66,76 @@ def check_size(size: Sequence[int]) -> Size:
     return int(pair[0]), int(pair[1])
 
 
-def find_images(folder: str | Path) -> list[Path]:
-    """Return the image files below `folder`, sorted; links that lead out of it are left out.
+def find_images(folder: str | Path, results: Path | None = None) -> list[Path]:
+    """Return the image files below `folder`, sorted; links that lead out of it and what is in `results` are left out.
 
-    Raises `ImageError` if the folder is missing or holds no image.
+    Raises `ImageError` if the folder is missing or holds no image, and as `image_entries`.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ImageError(f"{folder}: there is no such folder. Give a folder of images ({', '.join(sorted(SUFFIXES))}).")
-    found = list(images_below(folder))
+    found = [Path(entry.path) for entry in image_entries(folder, results)]
     if not found:
-        raise ImageError(f"{folder}: no image below this folder. Known endings: {', '.join(sorted(SUFFIXES))}.")
+        but = f" but the results in {results}" if results and results.is_dir() else ""
+        raise ImageError(f"{folder}: no image below this folder{but}. Known endings: {', '.join(sorted(SUFFIXES))}.")
     return found
 
 
-def images_below(folder: Path, root: Path | None = None) -> Iterator[Path]:
-    """Yield image files in the order of their names: a million of them in seconds, so only links are looked up.
+def _refuse(error: ImageError) -> None:
+    raise error
 
-    Links that lead out of `root`, by default the folder itself, or nowhere, are left out. Raises `ImageError` for a
-    folder that cannot be listed, and for an image whose name is no text, which no table could hold.
+
+def image_entries(
+    folder: Path, results: Path | None = None, refuse: Callable[[ImageError], None] = _refuse
+) -> Iterator[os.DirEntry[str]]:
+    """Yield the image files below a folder in the order of their names: a million of them in seconds.
+
+    Only links are looked up: those that lead out of the folder, into the folder `results` or nowhere are left out, as
+    is all that lies in `results`, and a folder that is taken away meanwhile. `refuse` gets an `ImageError` for a folder
+    that cannot be listed and for a name that is no text, which no table could hold: it raises it, or they are left out.
     """
-    root = root or folder.resolve()
+    root, apart = folder.resolve(), results and results.resolve()
+    if apart and root.is_relative_to(apart):
+        return
+    hidden = str(folder / apart.relative_to(root)) if apart and apart.is_relative_to(root) else ""
+
+    def below(here: str) -> Iterator[os.DirEntry[str]]:
+        try:
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+        except OSError as error:
+            if here == str(folder) or not isinstance(error, FileNotFoundError):
+                remedy = "Mend its permissions." if isinstance(error, PermissionError) else "Bring it back."
+                refuse(ImageError(f"{here}: the folder cannot be listed ({error.strerror}). {remedy}"))
+            return
+        for entry in entries:
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if entry.name.startswith(".") or entry.path == hidden:
+                continue
+            if not is_folder and not (os.path.splitext(entry.name)[1].lower() in SUFFIXES and _is_file(entry)):
+                continue
+            if not _is_text(entry.name):
+                kind = "folder" if is_folder else "file"
+                refuse(ImageError(f"{here}: the name {os.fsencode(entry.name)} is not UTF-8. Rename the {kind}."))
+            elif is_folder:
+                yield from below(entry.path)
+            elif not entry.is_symlink() or _is_inside(entry.path, root, apart):
+                yield entry
+
+    yield from below(str(folder))
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name holds none of the letters by which Python keeps bytes that are no text."""
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise ImageError(f"{folder}: the folder cannot be listed ({error.strerror}). Mend its permissions.") from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from images_below(folder / entry.name, root)
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and _is_file(entry):
-            path = folder / entry.name
-            if any("\udc80" <= letter <= "\udcff" for letter in entry.name):  # how Python keeps bytes that are no text
-                raise ImageError(f"{folder}: the name {os.fsencode(entry.name)} is not UTF-8. Rename the file.")
-            if not entry.is_symlink() or path.resolve().is_relative_to(root):
-                yield path
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_inside(link: str, root: Path, apart: Path | None) -> bool:
+    target = Path(link).resolve()
+    return target.is_relative_to(root) and not (apart and target.is_relative_to(apart))
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

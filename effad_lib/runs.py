@@ -287,17 +287,18 @@ def _broken(value: Any) -> bool:
 
 @contextlib.contextmanager
 def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let a loop end its step and save before Ctrl-C takes effect: yields a function that says whether it was pressed.
+    """Let a loop end its step and save before Ctrl-C or SIGTERM takes effect: yields whether one of them has come.
 
-    The loop saves and raises `KeyboardInterrupt` itself. Outside the main thread signals cannot be caught and Ctrl-C
-    acts as usual.
+    The loop saves and raises `KeyboardInterrupt` itself, for both: the exit code is 130. Outside the main thread
+    signals cannot be caught and act as usual.
     """
-    pressed = threading.Event()
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
+        yield asked.is_set
         return
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield pressed.is_set
+        yield asked.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

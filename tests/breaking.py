@@ -37,7 +37,7 @@ FORKS.set_forkserver_preload(
 NO_DISK = 77
 """Exit code where this user may not make a small disk."""
 
-LEFT_OUT = {"provenance.json", "tensorboard"}
+LEFT_OUT = {"provenance.json", "tensorboard", "watch.lock"}
 """Files and folders that tell of each start, and are not compared."""
 
 TIMES = ("seconds", "latency_ms")

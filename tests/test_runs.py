@@ -212,10 +212,11 @@ def test_a_broken_checkpoint_is_named(tmp_path, content):
         Run(tmp_path).load_checkpoint("last")
 
 
-def test_ctrl_c_waits_for_the_end_of_the_step():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_request_to_stop_waits_for_the_end_of_the_step(number):
+    before = signal.getsignal(number)
     with finish_step_on_interrupt() as interrupted:
         assert not interrupted()
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         assert interrupted()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
