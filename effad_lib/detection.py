@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from effad_lib import plots
 from effad_lib.engines import RUNTIMES, Inspection, Inspector, load_exported
 from effad_lib.memory import kept_memory
 from effad_lib.progress import progress
 from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
 from effad_lib.runs import LongNameError, RunError, write_bytes, write_csv
-from effad_lib.settings import SettingsError
+from effad_lib.settings import SettingsError, nearest
 from effad_lib.tiling import check_overlap, inspect_tiles
 
 NO_PIXEL_THRESHOLD = "this model has no pixel threshold: choose one, `effad threshold MODEL --normals FOLDER`."
+
+
+HEATMAPS = ("all", "defective", "none")
+"""Of which images a heatmap is drawn, which takes several times as long as judging one."""
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What is to be done with each image, see `detect`."""
 
+    heatmaps: str = "all"
     save_maps: bool = False
     save_masks: bool = False
     tile_overlap: int | None = None
@@ -37,6 +43,10 @@ class Wanted:
         """Raise `SettingsError` for what a detector cannot do; a warning says that it marks no pixels."""
         if detector.threshold is None:
             raise SettingsError("this model has no threshold: calibrate it on held-out good images first.")
+        if self.heatmaps not in HEATMAPS:
+            raise SettingsError(f"heatmaps = {self.heatmaps!r}: {nearest(self.heatmaps, HEATMAPS)}")
+        if self.heatmaps != "none":
+            _plots()
         if self.save_masks and detector.pixel_threshold is None:
             raise SettingsError(NO_PIXEL_THRESHOLD)
         if self.tile_overlap is not None:
@@ -51,21 +61,28 @@ WATCH_LOCK = "watch.lock"
 COLUMNS = ("file", "score", "threshold", "decision", "marked", "error")
 
 
-def open_model(path: str | Path, device: str = "auto") -> Inspector:
+def open_model(path: str | Path, device: str = "auto", threads: int = 0) -> Inspector:
     """Load a `model.safetensors`, or what `effad export` made of one, for which torch is not needed.
 
-    Raises `SettingsError` as `EfficientAD.load` and `load_exported`.
+    It takes so many threads of the CPU; 0 leaves that to torch or the runtime. Raises `SettingsError` for fewer than 0,
+    and as `EfficientAD.load` and `load_exported`.
     """
     path = Path(path)
+    if threads < 0:
+        raise SettingsError(f"threads = {threads}: takes a number of threads, or 0 for as many as the runtime likes.")
     if path.suffix in RUNTIMES:
-        return load_exported(path, device)
+        return load_exported(path, device, threads)
     try:
+        import torch
+
         from effad_lib.detector import EfficientAD
         from effad_lib.settings import pick_device
     except ImportError as error:
         raise SettingsError(
             f"model {path}: needs torch, which is not installed ({error}). Take an exported model, .onnx or .xml."
         ) from error
+    if threads:
+        torch.set_num_threads(threads)
     return EfficientAD.load(path, pick_device(device))
 
 
@@ -75,6 +92,7 @@ def detect(
     out: str | Path,
     *,
     masks: str | Path | None = None,
+    heatmaps: str = "all",
     save_maps: bool = False,
     save_masks: bool = False,
     tile_overlap: int | None = None,
@@ -82,7 +100,8 @@ def detect(
     """Run a detector over an image, or over all images below a folder, and write what it finds into the folder `out`.
 
     For an image `a/b.jpg` of the folder: `heatmaps/a/b.jpg.png` (image and heatmap, on one scale for all images, with
-    the outline of its mask if `masks` has one, and of what is above the detector's pixel threshold), with `save_maps`
+    the outline of its mask if `masks` has one, and of what is above the detector's pixel threshold; of all images, of
+    the "defective" or of "none", for which no matplotlib is needed), with `save_maps`
     `maps/a/b.jpg.npy` (the combined anomaly map, float32 [H, W] at the image's own size) and with `save_masks`
     `masks/a/b.jpg.png` (255 above the pixel threshold, else 0). `scores.csv`, which is also returned, has a row for
     each file: score, threshold, decision ("good" or "defective": a score above the threshold), the share of pixels that
@@ -96,7 +115,7 @@ def detect(
     for `save_masks` without pixel threshold and for tiles that the model cannot take, `RunError` if nothing can be
     written or `out` is that of a watched folder.
     """
-    wanted = Wanted(save_maps, save_masks, tile_overlap)
+    wanted = Wanted(heatmaps, save_maps, save_masks, tile_overlap)
     wanted.check(detector)
     out = Path(out)
     if (out / WATCH_LOCK).exists():
@@ -183,26 +202,50 @@ def detect_one(
     if wanted.save_maps:
         packed = io.BytesIO()
         np.save(packed, heat, allow_pickle=False)
-        _write(out, "maps", f"{name}.npy", packed.getvalue())
+        _write(inside(out, "maps", f"{name}.npy"), packed.getvalue())
     marked = None if detector.pixel_threshold is None else heat > detector.pixel_threshold
     if wanted.save_masks:
         packed = io.BytesIO()
         Image.fromarray(marked.astype(np.uint8) * 255).save(packed, format="PNG")
-        _write(out, "masks", f"{name}.png", packed.getvalue())
-    title = f"{name.as_posix()}: score {score:.3g}"
+        _write(inside(out, "masks", f"{name}.png"), packed.getvalue())
+    picture = inside(out, "heatmaps", f"{name}.png")
+    if wanted.heatmaps == "all" or (wanted.heatmaps == "defective" and decision(detector, score) == "defective"):
+        _write(picture, _heatmap(detector, image, heat, mask, marked, f"{name.as_posix()}: score {score:.3g}"))
+    elif os.path.exists(picture):  # of another image of this name
+        picture.unlink()
+    return score, None if marked is None else float(marked.mean())
+
+
+def _heatmap(
+    detector: Inspector,
+    image: np.ndarray,
+    heat: np.ndarray,
+    mask: np.ndarray | None,
+    marked: np.ndarray | None,
+    title: str,
+) -> bytes:
+    """Return the picture of what was found on an image, as PNG."""
+    plots = _plots()
     # Below 0.1, the 99.5 % quantile of normal pixels, a threshold would stretch mere noise over the whole scale.
     scale = plots.heat_scale([], max(detector.threshold, 0.1))
     figure = plots.heatmap_panel(
         image, heat, mask, scale=scale, threshold=detector.threshold, marked=marked, title=title
     )
-    _write(out, "heatmaps", f"{name}.png", plots.as_png(figure))
-    return score, None if marked is None else float(marked.mean())
+    return plots.as_png(figure)
 
 
-def _write(out: Path, kind: str, name: str, data: bytes) -> None:
+def _plots() -> ModuleType:
+    try:
+        from effad_lib import plots
+    except ImportError as error:
+        raise SettingsError(f"heatmaps need matplotlib and seaborn ({error}): --heatmaps none goes without.") from error
+    return plots
+
+
+def _write(path: Path, data: bytes) -> None:
     """Write a result of one image; a name that is too long for it is a fault of that image alone."""
     try:
-        write_bytes(inside(out, kind, name), data)
+        write_bytes(path, data)
     except LongNameError as error:
         raise ImageError(str(error)) from error
 
@@ -217,7 +260,8 @@ def inspect_one(detector: Inspector, image: np.ndarray, tile_overlap: int | None
 def resize_map(heat: np.ndarray, size: Size) -> np.ndarray:
     """Return a map [h, w] at another size, float32, bilinear between the centres of pixels as torch does it."""
     for axis, side in enumerate(size):
-        have = heat.shape[axis]
+        if (have := heat.shape[axis]) == side:
+            continue
         place = np.maximum((np.arange(side) + 0.5) * (have / side) - 0.5, 0)
         low = place.astype(int)
         share = (place - low).astype(np.float32).reshape([-1, 1] if axis == 0 else [1, -1])

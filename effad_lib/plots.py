@@ -18,6 +18,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
 
 WIDTH = 9.0
 """Width of a figure in inches."""
@@ -34,6 +35,9 @@ OUTLINE = "#00e5ff"
 """Of the ground truth: a colour that does not occur in `HEAT`."""
 PREDICTED = "white"
 """Of what the detector marks."""
+
+MOST_DRAWN = 900
+"""Pixels a side of what a panel shows: no figure has more, and drawing takes its time by the pixel."""
 
 BARE = {"xticks": [], "yticks": [], "frame_on": False}
 """Axes for pictures."""
@@ -139,10 +143,11 @@ def heatmap_panel(
 
     image as in `plot_images`; heat [H, W], of any size; scale, threshold as in `plot_heatmaps`; marked: the mask that
     the detector predicts, outlined on the map. The overlay grows from clear to opaque along the scale, so that cold
-    areas of the image stay visible.
+    areas of the image stay visible. What is larger than it can be seen is reduced to `MOST_DRAWN` pixels a side.
     """
     norm = _norm(scale)
-    picture, heat = _picture(image), np.asarray(heat)
+    picture, heat = _reduced(_picture(image)), _reduced(np.asarray(heat))
+    mask, marked = (None if area is None else _reduced(np.asarray(area, np.float32)) > 0 for area in (mask, marked))
     height = min(WIDTH / 2.15 * picture.shape[0] / picture.shape[1] + 0.4, WIDTH)
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, height), subplot_kw=BARE, layout="constrained")
     names = "image" if mask is None else "image, ground truth", "anomaly map" + ("" if marked is None else ", marked")
@@ -309,6 +314,17 @@ def _picture(image: np.ndarray) -> np.ndarray:
     if image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"an image is [3, H, W], [H, W, 3] or [H, W], not {image.shape}")
     return image if image.dtype == np.uint8 else np.clip(image, 0, 1)
+
+
+def _reduced(values: np.ndarray) -> np.ndarray:
+    """A picture [H, W, 3] or a map [H, W] as means over squares, where it has more than `MOST_DRAWN` pixels a side."""
+    if max(values.shape[:2]) <= MOST_DRAWN:
+        return values
+    if values.dtype != np.uint8:
+        values = np.rint(255 * values).astype(np.uint8) if values.ndim == 3 else values.astype(np.float32)
+    drawn = Image.fromarray(values)
+    drawn.thumbnail((MOST_DRAWN, MOST_DRAWN), Image.Resampling.BOX)
+    return np.asarray(drawn)
 
 
 def _same_count(images: Sequence, **others: Sequence) -> int:

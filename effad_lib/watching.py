@@ -69,20 +69,21 @@ def watch(
 ) -> int:
     """Judge every image that is or comes below a folder, until Ctrl-C or SIGTERM; return how many were judged.
 
-    For an image `a/b.jpg` the results are those of `detect` and, written last, `results/a/b.jpg.json`: file, score,
-    threshold, decision, marked, error, the file's size and time of change, and the detector's identity and tiles. What
-    has it is done, now and after a restart; a file that is written anew under the same name is another one. A file is
-    read when it has not changed between two looks, `interval` seconds apart; one that cannot be read is looked at again
-    until it has been the same for `patience` seconds, and then gets a result with the error. What cannot be looked at,
-    such as a name that is no text or the folder while it is not there, is reported once and tried again. While nothing
-    is new, looks are as far apart as makes them 5 % of the time, 5 seconds at most. At the end `scores.csv` collects
-    all results. Killed at any moment, the folder holds whole results only.
+    For an image `a/b.jpg` the results are those of `detect`, by default with a heatmap of defective ones alone, and,
+    written last, `results/a/b.jpg.json`: file, score, threshold, decision, marked, error, the file's size and time of
+    change, and the detector's identity and tiles. What has it is done, now and after a restart; a file that is written
+    anew under the same name is another one. A file is read when it has not changed between two looks, `interval`
+    seconds apart; one that cannot be read is looked at again until it has been the same for `patience` seconds, and
+    then gets a result with the error. What cannot be looked at, such as a name that is no text or the folder while it
+    is not there, is reported once and tried again. While nothing is new, looks are as far apart as makes them 5 % of
+    the time, 5 seconds at most. At the end `scores.csv` collects all results. Killed at any moment, the folder holds
+    whole results only.
 
     Raises `ImageError` if there is no such folder or if it lies in `out`, `LockError` while another watch is at work in
     `out`, `RunError` if that holds other results: of `detect`, of another model or of other tiles; `SettingsError` as
     `detect`.
     """
-    wanted = wanted or Wanted()
+    wanted = wanted or Wanted(heatmaps="defective")
     wanted.check(detector)
     images, out = Path(images), Path(out)
     if not images.is_dir():

@@ -75,7 +75,7 @@ def test_all_pictures_have_one_scale_and_the_truth_where_given(small_detector, p
         assert np.array_equal(options["marked"], heat > small_detector.pixel_threshold)
         return draw(image, heat, mask, **options)
 
-    monkeypatch.setattr(detection.plots, "heatmap_panel", panel)
+    monkeypatch.setattr(plots, "heatmap_panel", panel)
     for name, seed in (("good/0", 0), ("crack/0", 1)):
         picture(tmp_path / "test" / f"{name}.png", seed=seed)
     truth = np.zeros((80, 96), np.uint8)
@@ -88,6 +88,33 @@ def test_all_pictures_have_one_scale_and_the_truth_where_given(small_detector, p
     assert scale == other_scale and scale[0] == 0 < scale[1]
     assert threshold == small_detector.threshold
     assert none is None and np.array_equal(mask, truth > 0)
+
+
+def test_heatmaps_are_drawn_of_those_that_are_wanted_and_old_ones_go(small_detector, picture, tmp_path, monkeypatch):
+    images, out = tmp_path / "images", tmp_path / "out"
+    for index in range(3):
+        picture(images / f"{index}.png", seed=index)
+    scores = detect(small_detector, images, out)["score"]
+    assert files(out) == [*(f"heatmaps/{index}.png.png" for index in range(3)), "scores.csv"]
+    monkeypatch.setattr(small_detector, "threshold", float(np.sort(scores)[1]))
+    detect(small_detector, images, out, heatmaps="defective")
+    assert files(out) == [f"heatmaps/{scores.idxmax()}.png.png", "scores.csv"]
+    detect(small_detector, images, out, heatmaps="none")
+    assert files(out) == ["scores.csv"]
+    with pytest.raises(SettingsError, match=r"heatmaps = 'some': known are all, defective, none\."):
+        detect(small_detector, images, out, heatmaps="some")
+
+
+def test_a_model_takes_so_many_threads(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(detection, "load_exported", lambda path, device, threads: asked.append((path.name, threads)))
+    for path in (model, "m.onnx"):
+        detection.open_model(path, "cpu", threads=3)
+    detection.open_model(model, "cpu")
+    assert asked == [3, ("m.onnx", 3)]
+    with pytest.raises(SettingsError, match=r"threads = -1: takes a number of threads"):
+        detection.open_model(model, threads=-1)
 
 
 def test_a_bad_file_is_left_out_and_the_rest_done(small_detector, picture, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Exports: the same maps and scores as the model in torch, whole files or none, errors before the work."""
 
 import copy
+import hashlib
 import json
 import re
 import subprocess
@@ -306,6 +307,8 @@ def without(packages, *arguments):
 
 
 NO_TORCH = ("torch", "torchvision", "safetensors", "onnx", "onnxscript", "nncf")
+NEVER = ("scipy", "sklearn", "skimage", "tensorboard", "papermill", "nbformat")
+"""What the library needs elsewhere, and a machine that inspects does not."""
 
 
 @pytest.mark.parametrize(("to", "other"), [("onnx", "openvino"), ("openvino", "onnxruntime")])
@@ -317,7 +320,7 @@ def test_a_run_is_exported_and_detects_without_torch(evaluated_run, tmp_path, ca
     assert "decisions that flip" in said and f"effad detect {out}" in said
     images = evaluated_run.parent / "data" / "test"
     answer = without(
-        [*NO_TORCH, other], "detect", out, images, "--out", tmp_path / "theirs", "--save-maps", "--save-masks"
+        [*NO_TORCH, *NEVER, other], "detect", out, images, "--out", tmp_path / "theirs", "--save-maps", "--save-masks"
     )
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.splitlines()[-1] == "[]"
@@ -328,6 +331,29 @@ def test_a_run_is_exported_and_detects_without_torch(evaluated_run, tmp_path, ca
     ours, theirs = ((tmp_path / who / "scores.csv").read_text().splitlines() for who in ("ours", "theirs"))
     assert [line.split(",")[0] for line in ours] == [line.split(",")[0] for line in theirs] and len(ours) == 7
     assert (tmp_path / "theirs" / "heatmaps" / "dent" / "0.png.png").is_file()
+
+
+def test_without_heatmaps_no_matplotlib_is_needed(any_size, picture, tmp_path):
+    packages = [*NO_TORCH, *NEVER, "openvino", "matplotlib", "seaborn"]
+    picture(tmp_path / "in" / "a.png")
+    arguments = ["detect", any_size[1], tmp_path / "in", "--out", tmp_path / "out", "--threads", 1]
+    answer = without(packages, *arguments)
+    assert answer.returncode == 2 and "heatmaps need matplotlib and seaborn" in answer.stderr
+    assert "--heatmaps none goes without." in answer.stderr and not (tmp_path / "out").exists()
+    answer = without(packages, *arguments, "--heatmaps", "none")
+    assert answer.returncode == 0 and answer.stdout.splitlines()[-1] == "[]", answer.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scores.csv"]
+
+
+def test_an_export_is_known_by_its_files(any_size, tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(any_size[1].read_bytes())
+    same = load_exported(path, "cpu").identity
+    assert same == load_exported(any_size[1], "cpu").identity == hashlib.sha256(path.read_bytes()).hexdigest()
+    altered = onnx.load(path)
+    altered.doc_string = "another"
+    onnx.save(altered, path)
+    assert load_exported(path, "cpu").identity != same
 
 
 def test_what_is_missing_on_a_machine_is_named(any_size, model, picture, tmp_path):

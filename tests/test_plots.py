@@ -130,6 +130,21 @@ def test_outline_lies_on_the_border_of_the_mask(images, mask):
         assert fig.axes[0].get_xlim() == (-0.5, 47.5)
 
 
+def test_a_large_picture_is_drawn_as_small_as_it_is_seen():
+    """The one marked pixel stays outlined, and the map lies over the same part of the picture."""
+    image, heat, marked = np.zeros((1500, 2000, 3)), np.zeros((1500, 2000)), np.zeros((1500, 2000), bool)
+    image[:750], heat[:750], marked[1200, 1000] = 1, 3, True
+    left, right, _ = plots.heatmap_panel(image, heat, scale=(0.0, 4.0), marked=marked).axes
+    for ax, high in ((left, 255), (right, 3)):
+        shown = ax.images[-1].get_array()
+        assert shown.shape[:2] == (675, 900)
+        assert (shown[:337] == high).all() and (shown[338:] == 0).all()
+    assert right.images[-1].get_extent() == left.images[-1].get_extent()
+    (outline,) = right.collections
+    (path,) = outline.get_paths()
+    assert path.vertices.mean(axis=0) == pytest.approx([450, 540], abs=1)
+
+
 def test_heatmap_panel_keeps_the_scale_of_the_model(images, mask):
     heat = np.linspace(-1, 5, 32 * 48).reshape(32, 48)
     fig = plots.heatmap_panel(images[0], heat, mask, scale=(0.0, 4.0), threshold=2.0, title="000.png")

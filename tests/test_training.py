@@ -107,13 +107,14 @@ def test_trained_detector_finds_what_is_not_a_stripe(start):
         assert detector(bad).score.min() > detector(good).score.max()
 
 
-def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(start, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(start, monkeypatch, number):
     whole, _ = start("whole")
     train_step = training.Trainer.train_step
 
     def step_and_interrupt(self, draw):
         if self.step == 7:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return train_step(self, draw)
 
     monkeypatch.setattr(training.Trainer, "train_step", step_and_interrupt)

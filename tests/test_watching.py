@@ -245,12 +245,12 @@ def test_a_name_that_is_too_long_for_results_gets_one_with_the_error_and_is_done
     for name in (long, "b.png"):
         picture(images / "sub" / name)
     looks(nothing, nothing)
-    assert watch(small_detector, images, out, patience=0) == 2
+    assert watch(small_detector, images, out, Wanted(heatmaps="all"), patience=0) == 2
     with open(out / "scores.csv", newline="") as file:
         errors = {row["file"]: row["error"] for row in csv.DictReader(file)}
     assert errors["sub/b.png"] == "" and "File name too long. Shorten the name." in errors[f"sub/{long}"]
     looks(nothing, nothing)
-    assert watch(small_detector, images, out, patience=0) == 0
+    assert watch(small_detector, images, out, Wanted(heatmaps="all"), patience=0) == 0
 
 
 # --- whose results they are -----------------------------------------------------------------------------------------

@@ -107,6 +107,11 @@ def detect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", help="an image, or a folder with images at any depth")
     parser.add_argument("--out", default="detections", help="folder for the results (default: detections)")
     parser.add_argument("--masks", help="ground truth to outline: a folder with <name>_mask.png, or one mask")
+    parser.add_argument(
+        "--heatmaps",
+        choices=("all", "defective", "none"),
+        help="of which images to draw one, the slowest part (default: all, with --watch defective)",
+    )
     parser.add_argument("--save-maps", action="store_true", help="also write the raw maps (float32 .npy)")
     parser.add_argument("--save-masks", action="store_true", help="also write what is above the pixel threshold (.png)")
     parser.add_argument(
@@ -123,6 +128,7 @@ def detect_options(parser: argparse.ArgumentParser) -> None:
         "written last; started again, it continues",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps or gpu, by what runs it (default: auto)")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU (default: as many as the runtime likes)")
 
 
 def detect(options: argparse.Namespace) -> int:
@@ -132,8 +138,9 @@ def detect(options: argparse.Namespace) -> int:
     from effad_lib.reading import ImageError
     from effad_lib.runs import here
 
-    detector = detection.open_model(here(options.model), options.device)
-    wanted = {name: getattr(options, name) for name in ("save_maps", "save_masks", "tile_overlap")}
+    detector = detection.open_model(here(options.model), options.device, options.threads)
+    wanted = {"heatmaps": options.heatmaps or ("defective" if options.watch else "all")}
+    wanted |= {name: getattr(options, name) for name in ("save_maps", "save_masks", "tile_overlap")}
     if options.watch:
         from effad_lib import watching
         from effad_lib.settings import SettingsError
