@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from effad_lib.detector import EfficientAD
-from effad_lib.images import to_float
+from effad_lib.engines import Inspector
+from effad_lib.images import ImageError, read_image, to_float
+from effad_lib.memory import kept_memory
+from effad_lib.progress import progress
 from effad_lib.runs import RunError
 from effad_lib.settings import SettingsError
+from effad_lib.tiling import inspect_tiles
 
 QUANTILES = (0.9, 0.995)
 """q_a and q_b of the paper: they become 0 and 0.1 on the normalised scale."""
@@ -90,18 +96,41 @@ def measure_normals(
     if a map is not finite, naming the image as in `names`, such as its file, or by its index.
     """
     detector.eval()
-    scores, pixels = [], []
-    for batch in _batches(detector, images, batch_size):
-        found = detector(batch)
-        scores += found.score.tolist()
-        pixels += np.quantile(found.combined.flatten(1).cpu().numpy(), 1 - MARKED, axis=1, method="higher").tolist()
+    batches = (detector(batch).combined.cpu().numpy() for batch in _batches(detector, images, batch_size))
+    _store(detector, (one for batch in batches for one in batch), names, {"source": source} if source else {})
+
+
+def measure_tiled_normals(detector: Inspector, files: Sequence[Path], overlap: int, *, source: str) -> None:
+    """Store what a detector, or an export of one, finds on normal images of any size in tiles, see `inspect_tiles`.
+
+    The score of such an image is the highest of many tiles, which a threshold from single ones does not allow for.
+    `detector.calibration` gets what `measure_normals` gives it, and the overlap. One image is in memory at a time.
+    Raises `ImageError` for a file that cannot be read or is smaller than a tile, and `RunError` as `measure_normals`.
+    """
+
+    def maps() -> Iterator[np.ndarray]:
+        for file in progress(files, desc="measuring normal images", unit="image"):
+            image = read_image(file, levels=detector.levels)
+            try:
+                yield inspect_tiles(detector, image, overlap).combined
+            except ImageError as error:
+                raise ImageError(f"{file}: {error}") from None
+
+    with kept_memory():
+        _store(detector, maps(), files, {"source": source, "tile_overlap": overlap})
+
+
+def _store(detector: Inspector, maps: Iterable[np.ndarray], names: Sequence[object], told: dict[str, Any]) -> None:
+    """Store score and pixels of each combined map, sorted, with what else is told of the images."""
+    values = [(one.max(), np.quantile(one, 1 - MARKED, method="higher")) for one in maps]
+    scores, pixels = np.array(values, dtype=float).T
     _check_finite(np.isfinite(scores), names)
-    detector.calibration = {"normals": len(scores), "scores": sorted(scores), "pixels": sorted(pixels)}
-    detector.calibration |= {"source": source} if source else {}
+    stored = {"normals": len(scores), "scores": sorted(scores.tolist()), "pixels": sorted(pixels.tolist())}
+    detector.calibration = stored | told
 
 
 def choose_thresholds(detector: EfficientAD, false_alarm_rate: float, confidence: float) -> None:
-    """Set a detector's thresholds for a false-alarm rate, from the normal images that `measure_normals` looked at.
+    """Set a detector's thresholds for a false-alarm rate, from the normal images that it was measured on.
 
     With `confidence`, at most `false_alarm_rate` of all new normal images score above `threshold`, and at most as many
     have more than the share `MARKED` of their pixels above `pixel_threshold`, which is never the higher of the two.

@@ -36,7 +36,8 @@ def _is_calibration(value: Any) -> bool:
     sound = _is_count(count) and all(isinstance(some, list) and len(some) == count for some in lists)
     sound = sound and all(all(map(is_number, some)) and some == sorted(some) for some in lists)
     rule = [value.get(name, 0) for name in ("rank", "false_alarm_rate", "confidence")]
-    return sound and all(map(is_number, rule)) and value.get("rank", 1) in range(1, count + 1)
+    sound = sound and all(map(is_number, rule)) and _is_count(value.get("tile_overlap", 1))
+    return sound and value.get("rank", 1) in range(1, count + 1)
 
 
 NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {

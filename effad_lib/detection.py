@@ -21,7 +21,7 @@ from effad_lib.progress import progress
 from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
 from effad_lib.runs import LongNameError, RunError, write_bytes, write_csv
 from effad_lib.settings import SettingsError, nearest
-from effad_lib.tiling import check_overlap, inspect_tiles
+from effad_lib.tiling import check_overlap, check_threshold, inspect_tiles
 
 NO_PIXEL_THRESHOLD = "this model has no pixel threshold: choose one, `effad threshold MODEL --normals FOLDER`."
 
@@ -40,7 +40,7 @@ class Wanted:
     tile_overlap: int | None = None
 
     def check(self, detector: Inspector) -> None:
-        """Raise `SettingsError` for what a detector cannot do; a warning says that it marks no pixels."""
+        """Raise `SettingsError` for what a detector cannot do; warnings say what is amiss with its thresholds."""
         if detector.threshold is None:
             raise SettingsError("this model has no threshold: calibrate it on held-out good images first.")
         if self.heatmaps not in HEATMAPS:
@@ -51,6 +51,7 @@ class Wanted:
             raise SettingsError(NO_PIXEL_THRESHOLD)
         if self.tile_overlap is not None:
             check_overlap(detector, self.tile_overlap)
+        check_threshold(detector, self.tile_overlap)
         if detector.pixel_threshold is None:
             warnings.warn(f"no pixels are marked: {NO_PIXEL_THRESHOLD}", stacklevel=3)
 

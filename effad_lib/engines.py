@@ -40,8 +40,9 @@ class Inspector(Protocol):
     """Whatever can judge images: an `EfficientAD` or an `Exported` one.
 
     `image_size` is the size that the networks work at; `input_size` the one to which an image is brought before, None
-    where the model itself resizes whatever it gets; `levels` are those of 16-bit images, see `read_image`; `identity`
-    is a SHA-256 of all that its decisions depend on, thresholds included.
+    where the model itself resizes whatever it gets; `levels` are those of 16-bit images, see `read_image`;
+    `calibration` is what the thresholds were chosen from; `identity` is a SHA-256 of all that its decisions depend on,
+    thresholds included.
     """
 
     card: dict[str, Any]
@@ -50,6 +51,7 @@ class Inspector(Protocol):
     levels: Levels | None
     threshold: float | None
     pixel_threshold: float | None
+    calibration: dict[str, Any]
     identity: str
 
     def inspect(self, images: np.ndarray) -> Inspection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,6 +41,21 @@ def check_overlap(detector: Inspector, overlap: int) -> None:
         )
 
 
+def check_threshold(detector: Inspector, overlap: int | None) -> None:
+    """Warn if a threshold was chosen on images that are not in such tiles as those to come; None for whole images."""
+    chosen = detector.calibration.get("tile_overlap")
+    if chosen == overlap:
+        return
+    on = "whole images" if chosen is None else f"images in tiles that overlap by {chosen} pixels"
+    used = "whole ones" if overlap is None else f"tiles that overlap by {overlap}"
+    option = "" if overlap is None else f" --tile-overlap {overlap}"
+    warnings.warn(
+        f"the threshold was chosen on {on} and is used for {used}: the more tiles, the higher is the highest score of "
+        f"a good image. Choose one for these, and export it anew: effad threshold MODEL --normals FOLDER{option}.",
+        stacklevel=4,
+    )
+
+
 def inspect_tiles(detector: Inspector, image: np.ndarray, overlap: int) -> Inspection:
     """Return maps and score of one image uint8 [3, H, W] at its own resolution, from tiles of the model's size.
 
@@ -51,7 +67,8 @@ def inspect_tiles(detector: Inspector, image: np.ndarray, overlap: int) -> Inspe
     size, tile = image.shape[1:], detector.image_size
     if any(have < need for have, need in zip(size, tile, strict=True)):
         raise ImageError(
-            f"{size[0]}×{size[1]} pixels are less than a tile of {tile[0]}×{tile[1]}. Detect it without tiles."
+            f"{size[0]}×{size[1]} pixels are less than a tile of {tile[0]}×{tile[1]}. Leave it out, or take it whole, "
+            f"without --tile-overlap."
         )
     corners = [(y, x) for y in places(size[0], tile[0], overlap) for x in places(size[1], tile[1], overlap)]
     total, weight = np.zeros((3, *size), np.float32), np.zeros(size, np.float32)

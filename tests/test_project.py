@@ -16,8 +16,8 @@ from effad_lib.runs import PROJECT
 
 ROOMS = (
     "settings memory progress documents reading cards images runs consent execution provenance synthesis convolution "
-    "networks metrics losses backbones datasets engines detector distillation calibration training plots charts "
-    "diagrams evaluation probing designs tiling detection watching export latency benchmark viewer published profiles "
+    "networks metrics losses backbones datasets engines tiling detector distillation calibration training plots charts "
+    "diagrams evaluation probing designs detection watching export latency benchmark viewer published profiles "
     "batch reports sweeps cli"
 ).split()
 """The rooms of effad_lib, ground floor first: each may import only those before it."""

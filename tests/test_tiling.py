@@ -1,15 +1,24 @@
-"""Tiles: one map without seams, equal to that of the whole image where a branch sees no further than 33 pixels."""
+"""Tiles: one map without seams, equal to that of the whole image where a branch sees no further than 33 pixels; and a
+threshold for them."""
 
 import copy
+import warnings
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from effad_lib.detection import detect
+from effad_lib.calibration import calibrate
+from effad_lib.cli import main
+from effad_lib.detection import Wanted, detect
 from effad_lib.detector import EfficientAD
+from effad_lib.engines import load_exported
+from effad_lib.evaluation import evaluate_run
+from effad_lib.export import ExportSettings, export
 from effad_lib.images import ImageError, packaged_photographs, read_image
+from effad_lib.runs import Run
 from effad_lib.settings import SettingsError
 from effad_lib.tiling import BLIND, check_overlap, inspect_tiles, places
 
@@ -98,9 +107,93 @@ def test_detection_in_tiles_writes_maps_of_the_whole(small_detector, picture, tm
     model = copy.deepcopy(small_detector)
     path = picture(tmp_path / "images" / "large.png", size=(150, 170))
     picture(tmp_path / "images" / "small.png", size=(150, 60))
+    model.calibration = model.calibration | {"tile_overlap": 44}
     table = detect(model, tmp_path / "images", tmp_path / "out", save_maps=True, tile_overlap=44).set_index("file")
     expected = inspect_tiles(model, read_image(path), 44)
     stored = np.load(tmp_path / "out" / "maps" / "large.png.npy", allow_pickle=False)
     np.testing.assert_array_equal(stored, expected.combined[0])
     assert table.loc["large.png", "score"] == float(expected.score[0])
     assert "small.png: 150×60 pixels are less than a tile" in table.loc["small.png", "error"]
+
+
+# --- thresholds -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def textured(tmp_path_factory):
+    """A model whose threshold is that of 29 single tiles, one with that of 29 images of 64×352 pixels in tiles, and
+    the folder of these; at most 10 % false alarms were wished for."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("textures")
+    torch.manual_seed(0)
+    made = EfficientAD("XS", 8, image_size=(64, 64))
+    calibrate(made, torch.from_numpy(textures(rng, 29, 64)), false_alarm_rate=0.1)
+    single, tiled, line = folder / "single.safetensors", folder / "tiled.safetensors", folder / "line"
+    made.save(single, {"data": "textures"})
+    line.mkdir()
+    for index, pixels in enumerate(textures(rng, 29, 352)):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(line / f"{index:02}.png")
+    wish = ["--false-alarm-rate", "0.1", "--tile-overlap", "40", "--normals", str(line), "--out", str(tiled)]
+    assert main(["threshold", str(single), *wish]) == 0
+    return single, tiled, line
+
+
+def textures(rng, count, width):
+    return rng.integers(0, 256, (count, 3, 64, width), dtype=np.uint8)
+
+
+def test_a_threshold_of_tiled_images_keeps_the_promise_that_one_of_tiles_breaks(textured):
+    before, model, line = EfficientAD.load(textured[0]), EfficientAD.load(textured[1]), textured[2]
+    chosen = model.calibration
+    assert (chosen["normals"], chosen["tile_overlap"]) == (29, 40) and model.threshold == chosen["scores"][-1]
+    for file in sorted(line.iterdir())[:3]:
+        score = float(inspect_tiles(model, read_image(file), 40).score[0])
+        assert min(abs(np.array(chosen["scores"]) - score)) < 1e-6
+    new = [float(inspect_tiles(model, one, 40).score[0]) for one in textures(np.random.default_rng(1), 40, 352)]
+    assert np.mean(np.array(new) > model.threshold) <= 0.1
+    assert np.mean(np.array(new) > before.threshold) > 0.25
+
+
+def test_a_threshold_of_other_images_than_these_is_warned_of_once(textured, run):
+    single, _, line = textured
+    model = EfficientAD.load(single)
+    with pytest.warns(UserWarning) as caught:
+        detect(model, line / "00.png", run / "out", tile_overlap=40)
+    assert len(caught) == 1
+    assert "chosen on whole images and is used for tiles that overlap by 40:" in str(caught[0].message)
+    assert str(caught[0].message).endswith(" effad threshold MODEL --normals FOLDER --tile-overlap 40.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Wanted().check(model)
+        model.calibration["tile_overlap"] = 40
+        Wanted(tile_overlap=40).check(model)
+    for overlap, used in ((48, "tiles that overlap by 48"), (None, "whole ones")):
+        with pytest.warns(UserWarning, match=f"in tiles that overlap by 40 pixels and is used for {used}:"):
+            Wanted(tile_overlap=overlap).check(model)
+    own = EfficientAD.load(Run(run).model)
+    own.calibration["tile_overlap"] = 40
+    own.save(Run(run).model)
+    with pytest.warns(UserWarning, match="used for whole ones"):
+        evaluate_run(run, "cpu")
+
+
+def test_a_threshold_of_tiles_goes_into_an_export(textured, tmp_path):
+    _, tiled, line = textured
+    file, _ = export(tiled, ExportSettings(compare=1), normals=line, out=tmp_path / "model.onnx")
+    exported, model = load_exported(file), EfficientAD.load(tiled)
+    assert (exported.threshold, exported.calibration) == (model.threshold, model.calibration)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Wanted(tile_overlap=40).check(exported)
+
+
+def test_a_threshold_of_tiles_that_cannot_be_is_refused(textured, picture, tmp_path, capsys):
+    single, _, line = textured
+    before, small = single.read_bytes(), picture(tmp_path / "small" / "a.png", size=(60, 200)).parent
+    for options, says in (
+        (["--tile-overlap", "40"], "--tile-overlap: name the good images"),
+        (["--tile-overlap", "39", "--normals", str(line)], "tile overlap = 39: takes 40 to 60 pixels"),
+        (["--tile-overlap", "40", "--normals", str(small)], "a.png: 60×200 pixels are less than a tile of 64×64"),
+    ):
+        assert main(["threshold", str(single), *options]) == 2
+        assert says in capsys.readouterr().err
+    assert single.read_bytes() == before

@@ -56,6 +56,9 @@ CARDS = {  # change of a model's card (None takes a field away), and what is sai
     "calibration as list": ({"calibration": [1]}, "calibration = .*which takes scores"),
     "calibration without scores": ({"calibration": {"normals": 3}}, "calibration = .*which takes scores"),
     "calibration of fewer": ({"calibration": {"normals": 3, "scores": [1], "pixels": [1]}}, "calibration = "),
+    "calibration in tiles of text": (
+        {"calibration": {"normals": 1, "scores": [1], "pixels": [1], "tile_overlap": "64"}}, "calibration = "
+    ),
     "calibration not sorted": ({"calibration": {"normals": 2, "scores": [2, 1], "pixels": [1, 2]}}, "calibration = "),
     "a rank beyond": (
         {"calibration": {"normals": 1, "scores": [1], "pixels": [1], "rank": 2}}, "calibration = .*a rank among them"),

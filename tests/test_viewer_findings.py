@@ -34,6 +34,8 @@ def test_a_run_tells_what_its_evaluation_found(evaluated_run):
     assert findings.threshold == detector.threshold and findings.pixel_threshold == detector.pixel_threshold
     assert findings.scale == (0, 0.2) and findings.waiting == [] and findings.has_branches
     assert findings.rule == "score 3 of 3 held-out normal images, from the lowest: one false alarm in 4 is expected"
+    findings.calibration = findings.calibration | {"tile_overlap": 40}
+    assert findings.rule.startswith("score 3 of 3 held-out normal images in tiles, from the lowest: ")
     assert findings.notes == evaluated_run / "notes.csv" and not findings.notes.exists()
 
 

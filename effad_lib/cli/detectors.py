@@ -168,6 +168,12 @@ def threshold_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--normals", metavar="FOLDER", help="good images, not from training; default: those of the model"
     )
+    parser.add_argument(
+        "--tile-overlap",
+        type=int,
+        metavar="PIXELS",
+        help="for `effad detect --tile-overlap`: cut the good images into tiles that overlap by so many pixels too",
+    )
     parser.add_argument("--out", metavar="FILE", help="where to write the model (default: in its place)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
 
@@ -185,24 +191,34 @@ def threshold(options: argparse.Namespace) -> int:
     from effad_lib.detector import EfficientAD
     from effad_lib.images import find_images, load_images
     from effad_lib.runs import Run, here
-    from effad_lib.settings import pick_device
+    from effad_lib.settings import SettingsError, pick_device
+    from effad_lib.tiling import check_overlap
     from effad_lib.training import TrainingSettings
 
     path = here(options.model)
     settings = TrainingSettings.from_mapping(given(options, _decision_options()))
     rate, confidence = settings.false_alarm_rate, settings.confidence
-    detector = EfficientAD.load(path, pick_device(options.device))
+    detector, overlap = EfficientAD.load(path, pick_device(options.device)), options.tile_overlap
+    if overlap is not None:
+        if not options.normals:
+            raise SettingsError("--tile-overlap: name the good images that are to be cut into tiles, --normals FOLDER.")
+        check_overlap(detector, overlap)
     if options.normals:
         folder = here(options.normals)
         files = find_images(folder)
         calibration.rank(len(files), rate, confidence)  # refused before any image is read
-        images = load_images(files, detector.image_size, levels=detector.levels, description="reading normal images")
-        calibration.measure_normals(detector, images, source=folder.name, names=files)
+        if overlap is None:
+            how = {"levels": detector.levels, "description": "reading normal images"}
+            images = load_images(files, detector.image_size, **how)
+            calibration.measure_normals(detector, images, source=folder.name, names=files)
+        else:
+            calibration.measure_tiled_normals(detector, files, overlap, source=folder.name)
     calibration.choose_thresholds(detector, rate, confidence)
     chosen = detector.calibration
     kept = f"; at most {rate:.3g} with confidence {confidence:g}" if rate else ""
+    tiled = ", in tiles that overlap by {tile_overlap} pixels".format_map(chosen) if "tile_overlap" in chosen else ""
     above = (chosen["normals"] + 1 - chosen["rank"]) / (chosen["normals"] + 1)
-    print(f"normal images    {chosen['normals']}, {chosen.get('source', 'held out from training')}")
+    print(f"normal images    {chosen['normals']}, {chosen.get('source', 'held out from training')}{tiled}")
     print(f"rank             {chosen['rank']} of {chosen['normals']}")
     print(f"false alarms     a share of {above:.3g} expected{kept}")
     print(f"image threshold  {detector.threshold:.4g}")
@@ -210,7 +226,7 @@ def threshold(options: argparse.Namespace) -> int:
     saved = detector.save(here(options.out) if options.out else path)
     print(saved)
     run = Run(saved.resolve().parent)
-    if run.done and run.model == saved.resolve():
+    if run.done and run.model == saved.resolve() and not tiled:
         print(f"It was evaluated with the thresholds before, so evaluate again: effad evaluate {run.folder}")
     return 0
 

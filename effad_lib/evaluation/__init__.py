@@ -23,6 +23,7 @@ from effad_lib.evaluation.scoring import evaluate
 from effad_lib.metrics import image_auroc
 from effad_lib.runs import Run, RunError, resolve
 from effad_lib.settings import Settings, pick_device
+from effad_lib.tiling import check_threshold
 
 __all__ = [
     "MAP_NAMES",
@@ -100,11 +101,12 @@ def evaluate_run(
 
     `split` is what `data_to_test` has found already; None finds it. Nothing is written, see `finish_run`. Raises
     `RunError` as `data_to_test`, and `DatasetError` for masks that a training would refuse, before the first image is
-    scored.
+    scored. A warning says that the threshold was chosen on images in tiles, as here they are whole.
     """
     split = split or data_to_test(run_folder)
     verify_masks(split)
     detector = EfficientAD.load(Run(run_folder).model, pick_device(device))
+    check_threshold(detector, None)
     return detector, split, evaluate(detector, split.test, saturation=split.saturation)
 
 

@@ -102,7 +102,8 @@ class Findings:
         chosen = self.calibration
         if "rank" not in chosen:
             return "the model does not say what its threshold was chosen from"
-        of = f"score {chosen['rank']} of {chosen['normals']} held-out normal images, from the lowest"
+        images = "normal images in tiles" if "tile_overlap" in chosen else "normal images"
+        of = f"score {chosen['rank']} of {chosen['normals']} held-out {images}, from the lowest"
         if not chosen["false_alarm_rate"]:
             return f"{of}: one false alarm in {chosen['normals'] + 1} is expected"
         rate, confidence = 100 * chosen["false_alarm_rate"], 100 * chosen["confidence"]
