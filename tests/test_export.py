@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import re
 import subprocess
 import sys
 
@@ -19,7 +18,6 @@ from trust import files
 from effad_lib import export as exporting
 from effad_lib.calibration import calibrate
 from effad_lib.cli import main
-from effad_lib.detection import detect
 from effad_lib.detector import EfficientAD
 from effad_lib.engines import CARD, OUTPUTS, load_exported
 from effad_lib.export import ExportError, ExportSettings, export, parity, resize, with_defects
@@ -363,28 +361,6 @@ def test_what_is_missing_on_a_machine_is_named(any_size, model, picture, tmp_pat
     answer = without(NO_TORCH, "detect", model, path)
     assert answer.returncode == 2 and "needs torch, which is not installed" in answer.stderr
     assert "Traceback" not in answer.stderr
-
-
-@pytest.mark.parametrize("kind", ["fixed", "any size"])
-def test_the_readmes_camera_loop_decides_as_detect_does(any_size, trained, normals, tmp_path, kind):
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    (source,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "camera_loop" in code]
-    assert len(source.splitlines()) <= 31 and not re.search("effad_lib|torch", source)
-    (tmp_path / "camera_loop.py").write_text(source)
-    detector, path = any_size
-    if kind == "fixed":
-        detector, file = trained("XS", (64, 64))
-        path = export(file, ExportSettings(compare=2), normals=normals, out=tmp_path / "m.onnx")[0]
-    files = find_images(normals)
-    command = [sys.executable, "camera_loop.py", path, *files]
-    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
-    table = detect(detector, normals, tmp_path / "out").set_index("file")
-    assert len(said) == len(files) == 6
-    for line, image in zip(said, files, strict=True):
-        row = table.loc[image.name]
-        assert line.startswith(f"{image}: ") and f"score {row['score']:.2f}"[:-1] in line
-        if abs(row["score"] - detector.threshold) > 0.02 * detector.threshold:  # that of an image is the threshold
-            assert f": {row['decision']}, " in line
 
 
 # --- what an exported file refuses ----------------------------------------------------------------------------------
