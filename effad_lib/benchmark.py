@@ -159,7 +159,7 @@ def training_table(settings: BenchmarkSettings, literal: ModuleType | None) -> p
     table["gflop"] = table["size"].map(work) / 1e9
     table["share_of_peak"] = 1e12 * table["gflop"] / table["median_ms"] / best
     table["first_loss"] = list(losses.values())
-    table.attrs["peak"] = best
+    table.attrs["peaks"] = {trainer.device.type: best}
     return table
 
 
@@ -244,6 +244,8 @@ def tables(settings: BenchmarkSettings) -> Iterator[tuple[str, pd.DataFrame]]:
         work["inference"] = lambda one: inference_table(one, literal)
     for name, measured in work.items():
         table = measured(settings)
-        peak_of = f", float32 peak {table.attrs['peak'] / 1e9:.0f} GFLOP/s" if "peak" in table.attrs else ""
-        table.attrs["where"] = where + peak_of
+        peaks = [
+            f", float32 peak {one / 1e9:.0f} GFLOP/s ({name})" for name, one in table.attrs.get("peaks", {}).items()
+        ]
+        table.attrs["where"] = where + "".join(peaks)
         yield name, table

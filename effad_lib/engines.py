@@ -59,7 +59,13 @@ class Inspector(Protocol):
 
 
 class Exported(ABC):
-    """A detector out of one exported file; see `load_exported`. `threads` of the CPU, 0 leaves it to the runtime."""
+    """A detector out of one exported file; see `load_exported`. `threads` of the CPU, 0 leaves it to the runtime.
+
+    `runtime` and `device` say what runs it: of the latter the runtime's own name in small letters.
+    """
+
+    runtime: str
+    device: str
 
     def __init__(self, path: Path, device: str, threads: int) -> None:
         self.path = path
@@ -136,6 +142,13 @@ class OnnxDetector(Exported):
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         wanted = list(dict.fromkeys([providers[name], "CPUExecutionProvider"]))
         self._session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+        ran = self._session.get_providers()[0]
+        if ran != providers[name] and device != "auto":
+            raise SettingsError(
+                f"device = {device!r}: ONNX Runtime has {providers[name]} but could not start it, and took {ran}. "
+                f"Install the libraries that it needs, or use 'cpu'."
+            )
+        self.device = next(name for name, provider in providers.items() if provider == ran)
         self.runtime = f"ONNX Runtime {onnxruntime.__version__}"
         return self._session.get_modelmeta().custom_metadata_map[CARD]
 
@@ -169,7 +182,8 @@ class OpenVinoDetector(Exported):
             raise SettingsError(f"{path}: needs openvino: {EXTRA.format('pip install openvino')}") from error
         core = openvino_core()
         there = {name.lower(): name for name in core.available_devices}
-        name = there[_device(device, list(there), "gpu")]
+        self.device = _device(device, list(there), "gpu")
+        name = there[self.device]
         model = core.read_model(path)
         settings = {"INFERENCE_PRECISION_HINT": "f32"} if name == "CPU" else {}
         settings |= {"INFERENCE_NUM_THREADS": threads} if name == "CPU" and threads else {}

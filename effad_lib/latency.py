@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from effad_lib.datasets import Sample
 from effad_lib.detection import inspect_one
 from effad_lib.detector import EfficientAD
-from effad_lib.engines import Inspector, load_exported
+from effad_lib.engines import Exported, Inspector, load_exported
 from effad_lib.export import LEAST_OPSET, ExportSettings, convert, in_half, record, save, to_onnx
 from effad_lib.images import Size, check_size, read_image
 from effad_lib.memory import kept_memory
@@ -42,8 +43,8 @@ LEAST_CALLS = 5
 Call = Callable[[Tensor], object]
 """From images float32 [N, 3, H, W] in [0, 1] on a device to maps and scores, finished when it returns."""
 
-Key = tuple[str, str]
-"""Engine and precision."""
+Key = tuple[str, str, str]
+"""Engine, precision and the device that it runs on."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,15 @@ def contenders(
     """Return every engine and precision that is here as a function of the same images.
 
     `images` uint8 [N, 3, H, W] of the detector's size calibrate INT8. The exports are written below `folder`. In torch
-    float16 is measured on CUDA only, as CPUs have no such convolution; exports run on the CPU unless ONNX Runtime knows
-    CUDA too, and are left out without `exports`. On CUDA compiled networks are replayed as one graph. Sets torch's
-    number of threads.
+    float16 is measured on CUDA only, as CPUs have no such convolution; exports run on the CPU unless the detector is
+    on CUDA and ONNX Runtime can start it too, and are left out without `exports`. On CUDA compiled networks are
+    replayed as one graph. Sets torch's number of threads.
     """
     torch.set_num_threads(threads)
-    detector, on_gpu = detector.eval(), detector.device.type == "cuda"
+    detector, device = detector.eval(), detector.device.type
+    on_gpu = device == "cuda"
     torches = {"float32": detector} | ({"float16": in_half(detector)} if on_gpu else {})
-    found: dict[Key, Call] = {("torch", name): _in_torch(model) for name, model in torches.items()}
+    found: dict[Key, Call] = {("torch", name, device): _in_torch(model) for name, model in torches.items()}
     for name, model in torches.items() if compiled and (on_gpu or shutil.which(os.environ.get("CXX", "g++"))) else ():
         call = _in_torch(torch.compile(copy.deepcopy(model), mode="reduce-overhead" if on_gpu else "default"))
         try:
@@ -109,7 +111,7 @@ def contenders(
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"torch.compile does not work here and is left out: {reason}", stacklevel=2)
         else:
-            found["torch.compile", name] = call
+            found["torch.compile", name, device] = call
     if not exports:
         return found
     graphs = {half: to_onnx(detector, half=half, input_size=detector.image_size) for half in (False, True)}
@@ -120,7 +122,7 @@ def contenders(
             card = detector.card_now() | {"export": record(settings, detector.image_size)}
             path = save(model, card, Path(folder) / f"{precision}.{'onnx' if to == 'onnx' else 'xml'}")
             exported = load_exported(path, "auto" if on_gpu and to == "onnx" else "cpu", threads)
-            found[engine, precision] = lambda images, exported=exported: exported.inspect(images.cpu().numpy())
+            found[engine, precision, exported.device] = _in_runtime(exported)
     return found
 
 
@@ -131,6 +133,10 @@ def _in_torch(model: Callable[[Tensor], tuple]) -> Call:
         return maps, maps[0].amax(dim=(1, 2, 3)).cpu()  # which waits for the device
 
     return call
+
+
+def _in_runtime(exported: Exported) -> Call:
+    return lambda images: exported.inspect(images.cpu().numpy())
 
 
 def of_literal(literal: ModuleType, detector: EfficientAD) -> Call:
@@ -198,10 +204,13 @@ def some_of(samples: Sequence[Sample], count: int) -> list[Sample]:
     return chosen
 
 
-def accuracy(inspectors: Mapping[Key, Inspector], samples: Sequence[Sample], *, seconds: float = 0.5) -> pd.DataFrame:
+def accuracy(
+    inspectors: Mapping[tuple[str, str], Inspector], samples: Sequence[Sample], *, seconds: float = 0.5
+) -> pd.DataFrame:
     """Let a model and its exports score the images of a test split, read as `effad detect` does, and time one of them.
 
-    Returns for each key median_ms, from an image of the network's size to maps and score, and image_auroc.
+    Returns for each engine and precision median_ms, from an image of the network's size to maps and score, and
+    image_auroc.
     """
     images = [read_image(sample.image, levels=next(iter(inspectors.values())).levels) for sample in samples]
     labels = np.array([sample.label for sample in samples])
@@ -226,9 +235,10 @@ def peak(device: str | torch.device = "cpu", threads: int = 0, *, side: int = 20
     if threads:
         torch.set_num_threads(threads)
     one, other = torch.rand((2, side, side), device=device)
-    wait = torch.cuda.synchronize if one.is_cuda else lambda: None
+    kind = one.device.type
+    wait = {"cuda": partial(torch.cuda.synchronize, one.device), "mps": torch.mps.synchronize}.get(kind, lambda: None)
     products = [lambda: (torch.mm(one, other), wait())]
-    if not one.is_cuda:
+    if kind == "cpu":
         session, given = _matrix_product(side, threads), {"one": one.numpy(), "other": other.numpy()}
         products.append(lambda: session.run(None, given))
     took = [_timed(product) for _ in range(1 + repeats) for product in products]
@@ -259,16 +269,17 @@ def grid(
 ) -> pd.DataFrame:
     """Measure sizes × engines × precisions × batches in one run, size after size: each takes gigabytes.
 
-    Returns a row for each: size, engine, precision, batch, median_ms, p99_ms, calls, images_per_second, gflop (an
-    image), share of the machine's measured float32 peak.
+    Returns a row for each: size, engine, precision, device, batch, median_ms, p99_ms, calls, images_per_second, gflop
+    (an image), share_of_peak (of the float32 peak measured on that row's device; `attrs["peaks"]` has one for each).
     """
     tables = {size: _one_size(size, one, settings, Path(folder) / size, literal) for size, one in detectors.items()}
-    best = peak(next(iter(detectors.values())).device, settings.cores)
-    table = pd.concat(tables).rename_axis(["size", "engine", "precision", "batch"]).reset_index()
+    table = pd.concat(tables).rename_axis(["size", "engine", "precision", "device", "batch"]).reset_index()
+    own = next(iter(detectors.values())).device
+    peaks = {name: peak(own if name == own.type else name, settings.cores) for name in table["device"].unique()}
     table["images_per_second"] = 1000 * table["batch"] / table["median_ms"]
     table["gflop"] = table["size"].map({size: flop(one, one.image_size) / 1e9 for size, one in detectors.items()})
-    table["share_of_peak"] = 1e9 * table["gflop"] * table["images_per_second"] / best
-    table.attrs["peak"] = best
+    table["share_of_peak"] = 1e9 * table["gflop"] * table["images_per_second"] / table["device"].map(peaks)
+    table.attrs["peaks"] = peaks
     return table
 
 
@@ -285,7 +296,7 @@ def _one_size(
     how = {"threads": settings.cores, "compiled": size in settings.compiled, "exports": settings.exports}
     found = contenders(detector, images, folder, **how)
     if literal and size != "XS":  # which is not the paper's
-        found = {("literal", "float32"): of_literal(literal, detector)} | found
+        found = {("literal", "float32", detector.device.type): of_literal(literal, detector)} | found
     anew = detector.device.type != "cuda"  # torch.compile would compile for another batch
     tables, cases, an_image = [], [], dict.fromkeys(found, 0.0)
     for batch in sorted(set(settings.batches)):

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import literal
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
 from effad_lib import latency
 from effad_lib.datasets import Sample
 from effad_lib.detector import EfficientAD
+from effad_lib.engines import load_exported
 from effad_lib.evaluation import data_to_test
 from effad_lib.latency import (
     LatencySettings,
@@ -39,16 +41,20 @@ def test_the_work_is_the_papers():
         assert flop(detector, (256, 256)) / 1e9 == pytest.approx(expected, abs=0.5)
 
 
-def test_all_engines_find_the_same_and_take_turns(tmp_path):
-    detector = chance_detector("S", (64, 64), CPU, channels=8)
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """A small detector, two images, all engines and the folder of their files."""
+    detector, folder = chance_detector("S", (64, 64), CPU, channels=8), tmp_path_factory.mktemp("exports")
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
-    found = contenders(detector, images, tmp_path, threads=1, compiled=False)
-    expected = {("ONNX Runtime", name) for name in latency.PRECISIONS} | {
-        ("OpenVINO", name) for name in latency.PRECISIONS
-    }
-    assert found.keys() == expected | {("torch", "float32")}
+    return detector, images, contenders(detector, images, folder, threads=1, compiled=False), folder
+
+
+def test_all_engines_find_the_same_and_take_turns(exports):
+    detector, images, found, _ = exports
+    expected = {(engine, name, "cpu") for engine in ("ONNX Runtime", "OpenVINO") for name in latency.PRECISIONS}
+    assert found.keys() == expected | {("torch", "float32", "cpu")}
     given = torch.from_numpy(images).float() / 255
-    (combined, *_), score = found["torch", "float32"](given)
+    (combined, *_), score = found["torch", "float32", "cpu"](given)
     for key, call in found.items():
         if key[0] != "torch":
             near = 1e-4 if key[1] == "float32" else 0.02 if key[1] == "float16" else 0.3
@@ -56,6 +62,21 @@ def test_all_engines_find_the_same_and_take_turns(tmp_path):
     together = of_literal(literal, detector)(given)
     np.testing.assert_allclose([one["score"] for one in together], score, rtol=1e-4)
     assert torch.get_num_threads() == 1
+
+
+def test_a_device_that_does_not_start_is_told_of(exports, monkeypatch):
+    """ONNX Runtime falls back to the CPU without a word if CUDA's libraries are missing."""
+    path = exports[-1] / "float32.onnx"
+    assert load_exported(path).device == load_exported(path.with_suffix(".xml")).device == "cpu"
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider"):  # its own
+        assert load_exported(path).device == "cpu"
+    with pytest.warns(UserWarning), pytest.raises(SettingsError, match=r"'cuda': .* could not start it, and took CPU"):
+        load_exported(path, "cuda")
+    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda _: both)
+    with pytest.warns(UserWarning):
+        assert load_exported(path).device == load_exported(path, "cuda").device == "cuda"
 
 
 def test_calls_take_turns_and_slow_ones_are_left_out(monkeypatch):
@@ -86,18 +107,20 @@ def test_calls_take_turns_and_slow_ones_are_left_out(monkeypatch):
 
 
 def test_the_grid_has_every_case_and_what_follows_from_it(tmp_path, monkeypatch):
-    keys = [("torch", "float32"), ("torch.compile", "float32"), ("OpenVINO", "int8")]
+    keys = [("torch", "float32", "cpu"), ("torch.compile", "float32", "cpu"), ("ONNX Runtime", "float32", "cuda")]
     monkeypatch.setattr(latency, "contenders", lambda *_, **__: {key: lambda images: images.sum() for key in keys})
-    monkeypatch.setattr(latency, "peak", lambda *_: 2e9)
+    monkeypatch.setattr(latency, "peak", lambda device, _: {CPU: 2e9, "cuda": 8e9}[device])
     settings = LatencySettings(sizes=["XS"], image_size=[64, 64], batches=[1, 3], seconds=0.001, compiled=["XS"])
     detector = chance_detector("XS", (64, 64), CPU, channels=8)
     table = grid({"XS": detector}, settings, tmp_path)
-    cases = set(table[["engine", "precision", "batch"]].itertuples(index=False, name=None))
-    assert cases == {(*key, batch) for key in keys for batch in (1, 3)} - {("torch.compile", "float32", 3)}
-    row = table[table["batch"] == 3].iloc[0]
-    assert row["images_per_second"] == pytest.approx(3000 / row["median_ms"])
-    assert row["share_of_peak"] == pytest.approx(row["gflop"] * row["images_per_second"] / 2)
-    assert row["gflop"] == flop(detector, (64, 64)) / 1e9
+    cases = set(table[["engine", "precision", "device", "batch"]].itertuples(index=False, name=None))
+    assert cases == {(*key, batch) for key in keys for batch in (1, 3)} - {(*keys[1], 3)}
+    assert table.attrs["peaks"] == {"cpu": 2e9, "cuda": 8e9}
+    for device, best in (("cpu", 2), ("cuda", 8)):
+        row = table[(table["batch"] == 3) & (table["device"] == device)].iloc[0]
+        assert row["images_per_second"] == pytest.approx(3000 / row["median_ms"])
+        assert row["share_of_peak"] == pytest.approx(row["gflop"] * row["images_per_second"] / best)
+        assert row["gflop"] == flop(detector, (64, 64)) / 1e9
 
 
 def test_what_a_small_batch_shows_to_take_too_long_is_not_tried_with_a_larger_one(tmp_path, monkeypatch):
@@ -112,7 +135,7 @@ def test_what_a_small_batch_shows_to_take_too_long_is_not_tried_with_a_larger_on
 
         return call
 
-    found = {(name, "float32"): engine(name, seconds) for name, seconds in {"quick": 0.1, "slow": 0.3}.items()}
+    found = {(name, "float32", "cpu"): engine(name, seconds) for name, seconds in {"quick": 0.1, "slow": 0.3}.items()}
     monkeypatch.setattr(latency, "contenders", lambda *_, **__: found)
     monkeypatch.setattr(latency, "peak", lambda *_: 2e9)
     settings = LatencySettings(image_size=[64, 64], batches=[16, 4, 1], longest=1.0, compiled=[])
@@ -143,6 +166,20 @@ def test_some_of_a_test_split_have_both_kinds(count, expected):
 
 def test_a_product_of_matrices_has_a_peak():
     assert 1e8 < peak(side=256, repeats=2) < 1e15
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "meta"])
+def test_the_peak_of_another_device_is_torchs_alone_and_waits_for_it(kind, monkeypatch):
+    class Matrix:
+        device = torch.device(kind)
+
+    order = []
+    monkeypatch.setattr(torch, "rand", lambda *_, device: [Matrix(), Matrix()] if device == kind else pytest.fail())
+    monkeypatch.setattr(torch, "mm", lambda *_: order.append("product"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append(device))
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: order.append(Matrix.device))
+    assert peak(kind, side=8, repeats=2) > 0
+    assert order == ["product", *([Matrix.device] if kind != "meta" else [])] * 3
 
 
 @pytest.mark.parametrize(
