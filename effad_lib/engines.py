@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache, cached_property
@@ -20,6 +21,9 @@ OUTPUTS = ("combined", "student_teacher", "student_autoencoder", "score")
 
 CARD = "effad_card"
 """Under this name an exported file holds its card, as JSON."""
+
+SEAL = re.compile(rb"effad sha256 ([0-9a-f]{64})")
+"""In its card an exported file states the hash of itself and of the weights beside it, see `seal_of`."""
 
 EXTRA = 'pip install "effad[export]", or {} alone where there is no torch.'
 
@@ -81,10 +85,10 @@ class Exported(ABC):
         except (ImportError, SettingsError):
             raise
         except Exception as error:  # each runtime has a dozen classes of its own for a file that it cannot use
-            reason = str(error).strip().splitlines()
+            reason = str(error).strip().splitlines()  # the last says it, those before it where in C++
             raise SettingsError(
                 f"model {path}: not a whole effad export that this runtime can use "
-                f"({reason[0] if reason else type(error).__name__}). Export it again, with a lower --opset if this "
+                f"({reason[-1] if reason else type(error).__name__}). Export it again, with a lower --opset if this "
                 f"runtime is older than the one there."
             ) from error
 
@@ -210,15 +214,50 @@ def _device(wanted: str, there: list[str], best: str) -> str:
     return wanted
 
 
+def seal_of(head: bytes, *weights: bytes) -> tuple[bytes, bytes]:
+    """Return the SHA-256 that an exported file states of itself and its weights, and what it is; b"" if it states none.
+
+    Where the hash stands in the file, zeros are hashed in its place. So no runtime has to parse the file first, and the
+    card with its thresholds is covered too.
+    """
+    stated = SEAL.search(head)
+    if stated is None:
+        return b"", b""
+    whole = hashlib.sha256(head[: stated.start(1)] + b"0" * 64 + head[stated.end(1) :])
+    for part in weights:
+        whole.update(part)
+    return stated[1], whole.hexdigest().encode()
+
+
+def _check_whole(path: Path) -> None:
+    """Raise `SettingsError` if the weights of an `.xml` are missing, or if a file is not as it was exported.
+
+    Files of before exports were sealed pass.
+    """
+    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+    if not files[-1].is_file():
+        raise SettingsError(f"model {path}: its weights, {files[-1]}, are not there. Copy both files of the export.")
+    stated, found = seal_of(*(file.read_bytes() for file in files))
+    if stated != found:
+        names = " and ".join(map(str, files))
+        raise SettingsError(
+            f"model {names}: not what was exported, as the hash in its card says: altered, cut short, or of two "
+            f"exports. Copy all of it again, or export it again."
+        )
+
+
 def load_exported(path: str | Path, device: str = "auto", threads: int = 0) -> Exported:
     """Load a file of `effad export`: `.onnx`, or `.xml` with its `.bin` beside it.
 
-    Raises `SettingsError` if the file is missing or not whole, if the runtime is not installed, or for a device that
-    the runtime does not have.
+    Raises `SettingsError` if a file is missing, not whole or not as it was exported, if the runtime is not installed,
+    or for threads that cannot be and a device that the runtime does not have.
     """
     path = Path(path)
     if path.suffix not in RUNTIMES:
         raise SettingsError(f"model {path}: unknown ending {path.suffix!r}: {nearest(path.suffix, RUNTIMES)}")
     if not path.is_file():
         raise SettingsError(f"model {path}: there is no such file. Export one with `effad export RUN`.")
+    if threads < 0:
+        raise SettingsError(f"threads = {threads}: takes a number of threads, or 0, which leaves it to the runtime.")
+    _check_whole(path)
     return RUNTIMES[path.suffix](path, device, threads)

@@ -373,6 +373,7 @@ def test_files_that_are_no_exports_are_named(tmp_path, any_size):
     with pytest.raises(SettingsError, match="not a whole effad export"):
         load_exported(tmp_path / "m.onnx")
     (tmp_path / "m.xml").write_text("<net/>")
+    (tmp_path / "m.bin").write_bytes(b"")
     with pytest.raises(SettingsError, match="not a whole effad export"):
         load_exported(tmp_path / "m.xml")
     bare = onnx.load(any_size[1])
@@ -382,6 +383,69 @@ def test_files_that_are_no_exports_are_named(tmp_path, any_size):
         load_exported(tmp_path / "bare.onnx")
     with pytest.raises(SettingsError, match=r"device = 'tpu': not available to this runtime. Use 'auto' or: cpu"):
         load_exported(any_size[1], "tpu")
+
+
+@pytest.fixture(scope="module")
+def sealed(trained, normals, tmp_path_factory):
+    """A folder with an export for each runtime, and one of another model of the same size."""
+    folder = tmp_path_factory.mktemp("sealed")
+    torch.manual_seed(1)
+    other = EfficientAD("XS", 8, image_size=(64, 64))
+    calibrate(other, load_images(find_images(normals), (64, 64)))
+    other = other.save(folder / "other.safetensors")
+    for name, model in {"m.onnx": trained()[1], "m.xml": trained()[1], "other.xml": other}.items():
+        settings = ExportSettings(to="onnx" if name == "m.onnx" else "openvino", compare=2)
+        export(model, settings, normals=normals, out=folder / name)
+    return folder
+
+
+def test_weights_that_are_not_those_of_the_file_are_refused(sealed, tmp_path):
+    path, beside = tmp_path / "m.xml", tmp_path / "m.bin"
+    path.write_bytes((sealed / "m.xml").read_bytes())
+    weights, others = (sealed / "m.bin").read_bytes(), (sealed / "other.bin").read_bytes()
+    assert len(weights) == len(others) and weights != others  # which OpenVINO would take
+    beside.write_bytes(weights)
+    assert load_exported(path, "cpu").runtime.startswith("OpenVINO")
+    altered = weights[:400] + bytes([weights[400] ^ 1]) + weights[401:]
+    for wrong in (b"", weights[: len(weights) // 2], weights + b"x", others, altered):
+        beside.write_bytes(wrong)
+        with pytest.raises(SettingsError, match=r"m\.xml and .*m\.bin: not what was exported.*Copy all of it again"):
+            load_exported(path, "cpu")
+    beside.unlink()
+    with pytest.raises(SettingsError, match=r"its weights, .*m\.bin, are not there. Copy both files"):
+        load_exported(path, "cpu")
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.xml"])
+def test_an_altered_file_is_refused_and_one_of_before_loads(sealed, trained, tmp_path, name):
+    path, whole = tmp_path / name, (sealed / name).read_bytes()
+    (tmp_path / "m.bin").write_bytes((sealed / "m.bin").read_bytes())
+    digit = re.search(rb"threshold\D+\d\.\d", whole).end()
+    other = b"1" if whole[digit : digit + 1] != b"1" else b"2"
+    path.write_bytes(whole[:digit] + other + whole[digit + 1 :])  # another threshold
+    with pytest.raises(SettingsError, match="not what was exported"):
+        load_exported(path, "cpu")
+    if name == "m.onnx":
+        place = whole.index(onnx.load(sealed / name).graph.initializer[0].raw_data)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(SettingsError, match="not what was exported"):
+            load_exported(path, "cpu")
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(SettingsError, match=r"not a whole effad export .*Protobuf"):
+            load_exported(path, "cpu")
+    path.write_bytes(whole.replace(b"effad sha256", b"another hash"))
+    assert load_exported(path, "cpu").threshold == trained()[0].threshold
+
+
+def test_a_runtime_says_what_is_wrong_and_threads_are_checked(sealed, tmp_path):
+    (tmp_path / "m.bin").write_bytes((sealed / "m.bin").read_bytes()[:100])
+    whole = (sealed / "m.xml").read_bytes()
+    (tmp_path / "m.xml").write_bytes(whole.replace(b"effad sha256", b"another hash"))
+    with pytest.raises(SettingsError, match=r"m\.xml: .*\(Incorrect weights in bin file!\)"):
+        load_exported(tmp_path / "m.xml", "cpu")
+    for name in ("m.xml", "m.onnx"):
+        with pytest.raises(SettingsError, match=r"threads = -1: takes a number of threads, or 0"):
+            load_exported(sealed / name, "cpu", -1)
 
 
 def test_images_of_another_size_than_a_fixed_export_are_named(trained, normals, tmp_path):
