@@ -81,23 +81,22 @@ def calibrate(
     # NumPy's quantile, as torch's refuses more than 2^24 values.
     quantiles = np.quantile(values, QUANTILES, axis=1).T
     detector.quantiles.copy_(torch.from_numpy(quantiles))
-    measure_normals(detector, images, batch_size=batch_size)
+    measure_normals(detector, images.cpu().split(batch_size))
     choose_thresholds(detector, false_alarm_rate, confidence)
 
 
-@torch.inference_mode()
 def measure_normals(
-    detector: EfficientAD, images: Tensor, *, source: str = "", names: Sequence[object] = (), batch_size: int = 8
+    detector: Inspector, batches: Iterable[Tensor | np.ndarray], *, source: str = "", names: Sequence[object] = ()
 ) -> None:
-    """Store what a calibrated detector finds on normal images, from which `choose_thresholds` chooses.
+    """Store what a calibrated detector, or an export of one, finds on normal images; `choose_thresholds` chooses by it.
 
-    `images` as in `calibrate`. `detector.calibration` gets the sorted image scores, the sorted values that all but
-    `MARKED` of an image's pixels stay below, and where the images came from, if a `source` is named. Raises `RunError`
-    if a map is not finite, naming the image as in `names`, such as its file, or by its index.
+    `batches` are of images uint8 [N, 3, H, W], as in `calibrate`. `detector.calibration` gets the sorted image scores,
+    the sorted values that all but `MARKED` of an image's pixels stay below, and where the images came from, if a
+    `source` is named. Raises `RunError` if a map is not finite, naming the image as in `names`, such as its file, or by
+    its index.
     """
-    detector.eval()
-    batches = (detector(batch).combined.cpu().numpy() for batch in _batches(detector, images, batch_size))
-    _store(detector, (one for batch in batches for one in batch), names, {"source": source} if source else {})
+    maps = (one for batch in batches for one in detector.inspect(np.asarray(batch)).combined)
+    _store(detector, maps, names, {"source": source} if source else {})
 
 
 def measure_tiled_normals(detector: Inspector, files: Sequence[Path], overlap: int, *, source: str) -> None:
@@ -129,7 +128,7 @@ def _store(detector: Inspector, maps: Iterable[np.ndarray], names: Sequence[obje
     detector.calibration = stored | told
 
 
-def choose_thresholds(detector: EfficientAD, false_alarm_rate: float, confidence: float) -> None:
+def choose_thresholds(detector: Inspector, false_alarm_rate: float, confidence: float) -> None:
     """Set a detector's thresholds for a false-alarm rate, from the normal images that it was measured on.
 
     With `confidence`, at most `false_alarm_rate` of all new normal images score above `threshold`, and at most as many

@@ -124,12 +124,12 @@ def test_a_map_that_is_not_finite_names_its_image(picture, tmp_path, capsys, mon
         return maps
 
     monkeypatch.setattr(EfficientAD, "raw_maps", spoiling)
-    measure_normals(detector, images, batch_size=2)
+    measure_normals(detector, images.split(2))
     images[3] = 255
     Image.new("RGB", (80, 80), "white").save(files[3])
-    for measure in (calibrate, measure_normals):
+    for measure, given in ((calibrate, images), (measure_normals, images.split(2))):
         with pytest.raises(RunError, match=r"^normal image 3: its anomaly map holds NaN.*lower learning_rate"):
-            measure(detector, images, batch_size=2)
+            measure(detector, given)
     assert main(["threshold", str(path), "--normals", str(tmp_path / "line")]) == 2
     assert f"effad: {files[3]}: its anomaly map holds NaN" in capsys.readouterr().err
 

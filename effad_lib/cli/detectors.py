@@ -210,7 +210,7 @@ def threshold(options: argparse.Namespace) -> int:
         if overlap is None:
             how = {"levels": detector.levels, "description": "reading normal images"}
             images = load_images(files, detector.image_size, **how)
-            calibration.measure_normals(detector, images, source=folder.name, names=files)
+            calibration.measure_normals(detector, images.split(8), source=folder.name, names=files)
         else:
             calibration.measure_tiled_normals(detector, files, overlap, source=folder.name)
     calibration.choose_thresholds(detector, rate, confidence)

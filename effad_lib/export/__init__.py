@@ -6,9 +6,7 @@ import copy
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from effad_lib.detector import EfficientAD
-from effad_lib.engines import CARD, SEAL, load_exported, seal_of
-from effad_lib.evaluation import data_of
+from effad_lib.engines import load_exported
+from effad_lib.export.files import save, to_openvino
 from effad_lib.export.graph import Deployed, in_half, resize, to_onnx
+from effad_lib.export.normals import find_normals, own_thresholds, read_normals, spread, to_calibrate_on
 from effad_lib.export.parity import TOLERANCES, Parity, compare, tolerance_of, with_defects
 from effad_lib.export.quantisation import quantise
-from effad_lib.images import Size, check_size, find_images, load_images, read_image
-from effad_lib.reading import fitted
-from effad_lib.runs import Run, RunError, write_bytes
+from effad_lib.images import Size, check_size, load_images
+from effad_lib.runs import Run
 from effad_lib.settings import Settings, SettingsError
 
 __all__ = [
@@ -99,10 +97,11 @@ def export(
     """Export the model of a run, or a `model.safetensors`, and return the file and how far it is from the model.
 
     `normals` is a folder of good images that were not in training, to compare on and to calibrate INT8 with; None takes
-    those that the run held out. The file is `out`, or `export/model_<precision>` beside the model; OpenVINO keeps the
-    weights in a `.bin` beside its `.xml`. It holds the model's card and what it was made with and how it compared.
-    Raises `SettingsError`, `RunError` or `ImageError` before the work starts, and `ExportError` if the export differs
-    by more than its tolerance and `force` is not given: nothing is written then.
+    those that the run held out. INT8 gets thresholds by its own scores of all of them, see `own_thresholds`, others
+    keep the model's. The file is `out`, or `export/model_<precision>` beside the model; OpenVINO keeps the weights in a
+    `.bin` beside its `.xml`. It holds the model's card, what it was made with, whence its thresholds are and how it
+    compared. Raises `SettingsError`, `RunError` or `ImageError` before the work starts, and `ExportError` if the export
+    differs by more than its tolerance and `force` is not given: nothing is written then.
     """
     _check_packages(settings)
     _check_opset(settings)
@@ -113,11 +112,13 @@ def export(
     detector = EfficientAD.load(path)
     if detector.threshold is None:
         raise SettingsError(f"{path} has no threshold: calibrate it on held-out good images first.")
-    files = _normals(Path(source), normals)
-    input_size = settings.input_size(detector)
-    size, levels = input_size or detector.image_size, detector.levels
-    images = load_images(files, size, levels=levels, description="reading good images").numpy()
-    good = [fitted(read_image(file, levels=levels), input_size) for file in _spread(files, settings.compare)]
+    files = find_normals(Path(source), normals)
+    input_size, levels = settings.input_size(detector), detector.levels
+    compared = spread(files, settings.compare)
+    seen = to_calibrate_on(files, compared) if settings.precision == "int8" else []
+    size = input_size or detector.image_size
+    images = load_images(seen, size, levels=levels, description="reading good images").numpy() if seen else None
+    good = read_normals(compared, input_size, levels)
     defective = with_defects(good)
 
     graph = to_onnx(
@@ -128,32 +129,38 @@ def export(
         opset=settings.opset,
     )
     model = convert(graph, settings, images)
-    made_from = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    card = detector.card_now() | {"export": record(settings, input_size) | made_from}
+    made = record(settings, input_size) | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    made |= {"thresholds_from": "the model"}
+    card = detector.card_now() | {"export": made}
     limits = tolerance_of(settings.precision, input_size != detector.image_size)
     with tempfile.TemporaryDirectory() as folder:
         exported = load_exported(save(model, card, Path(folder) / target.name), "cpu")
+        if seen:
+            made |= {"calibrated_on": len(seen), "of_them_compared": len(set(seen) & set(compared))}
+            named = Path(normals).resolve().name if normals else ""
+            made["thresholds_from"] = own_thresholds(exported, detector, files, named)
         found = compare(detector, exported, good, defective, limits)
     if found.faults and not force:
         raise ExportError(
             f"this export is too far from its model: {'; '.join(found.faults)}. Nothing was written. Choose another "
             f"precision, give more good images (--normals) for INT8, or keep it as it is: --force.\n{found.as_text()}"
         )
-    card["export"]["parity"] = found.as_card() | {"runtime": exported.runtime, "forced": bool(found.faults)}
+    card |= {name: getattr(exported, name) for name in ("threshold", "pixel_threshold", "calibration")}
+    made["parity"] = found.as_card() | {"runtime": exported.runtime, "forced": bool(found.faults)}
     return save(model, card, target), found
 
 
-def convert(graph: Any, settings: ExportSettings, images: np.ndarray) -> Any:
+def convert(graph: Any, settings: ExportSettings, images: np.ndarray | None = None) -> Any:
     """Return a graph of `to_onnx` as a model of the wanted kind and precision; the graph itself stays as it is.
 
-    `images` uint8 [N, 3, H, W] are good ones of the size that the graph takes, which INT8 is calibrated on.
+    `images` uint8 [N, 3, H, W] are good ones of the size that the graph takes, which INT8 alone needs, to calibrate on.
     """
-    model = _to_openvino(graph) if settings.to == "openvino" else copy.deepcopy(graph)
+    model = to_openvino(graph) if settings.to == "openvino" else copy.deepcopy(graph)
     if settings.precision != "int8":
         return model
     # Of good images alone the ranges would clip a defect: on solar cells scores were up to 33 % off, not 3 %.
     seen = np.concatenate([images, np.stack(with_defects(images, seed=1000))])
-    return quantise(model, seen.astype(np.float32) / 255, settings.to, settings.batch)
+    return quantise(model, seen, settings.to, settings.batch)
 
 
 def _model_of(source: Path) -> Path:
@@ -161,25 +168,6 @@ def _model_of(source: Path) -> Path:
     if source.is_dir():
         return Run(source.resolve()).model
     return source
-
-
-def _normals(source: Path, normals: str | Path | None) -> Sequence[Path]:
-    """Return good images that were held out from training. Raises `SettingsError` if none are known."""
-    if normals is not None:
-        return find_images(normals)
-    folder = source.resolve() if source.is_dir() else source.resolve().parent
-    try:
-        return [sample.image for sample in data_of(Run(folder)).validation]
-    except (RunError, ValueError) as error:
-        raise SettingsError(
-            f"{source}: the good images that it held out from training are not at hand ({error}). An export is "
-            f"compared with its model on such images, and INT8 is calibrated on them: name a folder, --normals FOLDER."
-        ) from error
-
-
-def _spread(files: Sequence[Path], count: int) -> list[Path]:
-    places = np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)
-    return [files[place] for place in places]
 
 
 def record(settings: ExportSettings, input_size: Size | None) -> dict[str, Any]:
@@ -219,7 +207,7 @@ def _check_opset(settings: ExportSettings) -> None:
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", [values[0]], [values[1]])
     probe = helper.make_model(graph, opset_imports=[helper.make_opsetid("", settings.opset)], ir_version=10)
     if settings.to == "openvino":
-        _to_openvino(probe)
+        to_openvino(probe)
         return
     import onnxruntime
 
@@ -229,50 +217,3 @@ def _check_opset(settings: ExportSettings) -> None:
         raise SettingsError(
             f"opset = {settings.opset}: ONNX Runtime {onnxruntime.__version__} cannot run it. Take {LEAST_OPSET}."
         ) from error
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def _to_openvino(model: Any) -> Any:
-    """Return an ONNX model as one of OpenVINO."""
-    import openvino
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        path.write_bytes(model.SerializeToString())
-        return openvino.convert_model(path)
-
-
-def _sealed(head: bytes, *weights: bytes) -> bytes:
-    """Return a file that states the hash of itself and its weights where it held another."""
-    return SEAL.sub(b"effad sha256 " + seal_of(head, *weights)[1], head, count=1)
-
-
-def save(model: Any, card: dict[str, Any], target: Path) -> Path:
-    """Write a model with its card, whole or not at all; an earlier one stays until the whole new one is written."""
-    text = json.dumps(card | {"seal": f"effad sha256 {'0' * 64}"}, allow_nan=False)
-    if target.suffix == ".onnx":
-        del model.metadata_props[:]
-        model.metadata_props.add(key=CARD, value=text)
-        return write_bytes(target, _sealed(model.SerializeToString()))
-    import openvino
-
-    model.set_rt_info(text, [CARD])
-    with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "model.xml"
-        openvino.save_model(model, whole, compress_to_fp16=False)
-        weights = whole.with_suffix(".bin").read_bytes()
-        written = {target.with_suffix(".bin"): weights, target: _sealed(whole.read_bytes(), weights)}
-        halves = {path: path.with_name(f".{path.name}.new") for path in written}
-        try:
-            for path, new in halves.items():
-                write_bytes(new, written[path])
-            # Never the one beside another's other half: without its .xml a .bin is nothing.
-            target.unlink(missing_ok=True)
-            for path, new in halves.items():
-                new.replace(path)
-        finally:
-            for new in halves.values():
-                new.unlink(missing_ok=True)
-    return target

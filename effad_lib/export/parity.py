@@ -128,13 +128,12 @@ class Parity:
             f"{'threshold':<24}{self.thresholds[0]:>10.4g}{self.thresholds[1]:>10.4g}",
             f"{'AU-ROC':<24}{self.auroc[0]:>10.4f}{self.auroc[1]:>10.4f}{self.auroc_change:>+10.4f}{limit:>11}",
             f"{'decisions that flip':<24}{'':>20}{self.flipped_apart:>10}{self.most_flips:>11}",
-            f"change: of scores and thresholds more than {near} apart; {len(self.flipped)} decisions flip in all",
+            f"change: of scores and thresholds more than {near} apart; flips in all: {len(self.flipped)}",
             f"on {self.good} good images and {self.defective} with a synthetic defect",
         ]
         if self.auroc_limit is None:
-            lines.append(
-                f"too few to judge the AU-ROC: one of {pairs} pairs is {1 / pairs:.2g}, more than {self.tolerance.auroc}"
-            )
+            most = self.tolerance.auroc
+            lines.append(f"too few to judge the AU-ROC: one of {pairs} pairs is {1 / pairs:.2g}, more than {most:g}")
         return "\n".join(lines)
 
 
