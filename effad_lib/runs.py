@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,6 +102,18 @@ def unwritable(path: Path, error: OSError) -> RunError:
             f" ({shutil.disk_usage(there).free / 2**20:.0f} MB free there). Free some space or choose another folder"
         )
     return RunError(f"{said}{remedy}, then start again: what was finished before is kept.")
+
+
+def check_writable(path: Path) -> None:
+    """Raise `RunError` if no file could be written at `path`, before the work for it; nothing stays behind."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror} ({there}). Choose another place.") from error
 
 
 def partial_of(path: Path) -> Path:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import re
 import subprocess
 import sys
 
@@ -16,13 +17,15 @@ from torch.nn import functional
 from trust import files
 
 from effad_lib import export as exporting
-from effad_lib.calibration import calibrate
+from effad_lib.calibration import calibrate, rank
 from effad_lib.cli import main
+from effad_lib.detection import detect
 from effad_lib.detector import EfficientAD
-from effad_lib.engines import CARD, OUTPUTS, load_exported
+from effad_lib.engines import CARD, OUTPUTS, Inspection, load_exported
 from effad_lib.export import ExportError, ExportSettings, export, parity, resize, with_defects
+from effad_lib.export import normals as good_images
 from effad_lib.images import find_images, load_images, packaged_photographs, read_image
-from effad_lib.runs import PROJECT, Run, RunError
+from effad_lib.runs import PROJECT, Run, RunError, write_bytes
 from effad_lib.settings import SettingsError
 
 
@@ -138,22 +141,148 @@ def test_resizing_is_pillows_to_one_colour_value():
         assert off.max() < 1.01 and (off > 0.5).mean() < most
 
 
-@pytest.mark.parametrize("to", ["onnx", "openvino"])
-def test_half_and_eight_bits_are_near(trained, normals, tmp_path, to):
-    detector, file = trained("XS", (64, 64))
-    images = load_images(find_images(normals), (64, 64)).numpy()
+@pytest.mark.filterwarnings("ignore:INT8 is calibrated on 6 good images alone. Give 10 or more, --normals FOLDER")
+@pytest.mark.parametrize(
+    ("to", "size", "image_size"), [("onnx", "S", (64, 96)), ("openvino", "S", (96, 64)), ("openvino", "XS", (64, 64))]
+)
+def test_half_and_eight_bits_are_near(trained, normals, tmp_path, to, size, image_size):
+    detector, file = trained(size, image_size)
+    images = load_images(find_images(normals), image_size).numpy()
     sizes = {}
     for precision in ("float16", "int8"):
-        out = tmp_path / f"{precision}.{'onnx' if to == 'onnx' else 'xml'}"
+        out = tmp_path / f"{precision}{exporting.SUFFIXES[to]}"
         path, found = export(file, ExportSettings(to=to, precision=precision, compare=3), normals=normals, out=out)
         exported = load_exported(path, "cpu")
         assert exported.card["export"]["precision"] == precision
         score = detector.inspect(images).score
         np.testing.assert_allclose(exported.inspect(images).score, score, rtol=found.tolerance.score)
         assert found.differences["score"][0] > 0  # these are other numbers, not float32 under another name
+        assert (exported.threshold == detector.threshold) == (precision == "float16")
         sizes[precision] = (path if to == "onnx" else path.with_suffix(".bin")).stat().st_size
     whole = sum(value.numel() * 4 for value in detector.state_dict().values())
     assert sizes["float16"] < 0.8 * whole
+    # The last one is INT8: both thresholds are of its own scores and maps, by the rank of its model's.
+    scores, made = exported.inspect(images).score, exported.card["export"]
+    np.testing.assert_allclose(exported.calibration["scores"], np.sort(scores), rtol=1e-5, atol=1e-6)
+    assert exported.threshold == exported.calibration["scores"][-1]
+    assert exported.pixel_threshold == exported.calibration["pixels"][-1] != detector.pixel_threshold
+    assert made["thresholds_from"] == "its own scores of 6 good images" and made["calibrated_on"] == 6
+    assert made["parity"]["thresholds"] == {"model": detector.threshold, "export": exported.threshold}
+
+
+@pytest.mark.parametrize("least", [6, 7])
+def test_thresholds_are_an_exports_own_where_the_images_are_enough(any_size, normals, least):
+    detector, path = any_size
+    exported, files, detector = load_exported(path, "cpu"), find_images(normals), copy.deepcopy(detector)
+    before = exported.threshold, exported.pixel_threshold
+    exported.threshold = exported.pixel_threshold = 9.0
+    detector.calibration |= {"normals": least, "false_alarm_rate": 0.5, "confidence": 0.6}
+    if least > len(files):
+        with pytest.warns(UserWarning, match="keeps its model's thresholds, chosen on 7 good images; here are 6"):
+            assert good_images.own_thresholds(exported, detector, files, "line") == "the model"
+        assert exported.threshold == exported.pixel_threshold == 9
+        return
+    assert good_images.own_thresholds(exported, detector, files, "line") == "its own scores of 6 good images"
+    scores = sorted(float(exported.inspect(read_image(file)[None]).score[0]) for file in files)
+    place = rank(6, 0.5, 0.6)
+    assert place < 6 and exported.threshold == pytest.approx(scores[place - 1], rel=1e-5) != before[0]
+    assert exported.pixel_threshold == exported.calibration["pixels"][place - 1] != before[1]
+    assert exported.calibration["rank"] == place and exported.calibration["source"] == "line"
+
+
+def test_eight_bits_are_calibrated_on_other_images_than_they_are_compared_on():
+    for count, compared, expected, shared in ((1000, 16, 150, 0), (30, 16, 14, 0), (20, 16, 20, 16), (26, 16, 10, 0)):
+        files = [f"{index}.png" for index in range(count)]
+        shown = good_images.spread(files, compared)
+        chosen = good_images.to_calibrate_on(files, shown)
+        assert (len(set(chosen)), len(set(chosen) & set(shown))) == (expected, shared)
+    with pytest.warns(UserWarning, match="on 9 good images alone. Give 10 or more, --normals FOLDER"):
+        assert len(good_images.to_calibrate_on(files[:9], files[:2])) == 9
+    with pytest.raises(SettingsError, match=r"one good image says nothing of others\. Give 10 or more"):
+        good_images.to_calibrate_on(files[:1], files[:1])
+
+
+def test_sixteen_bits_keep_their_levels_and_no_image_is_read_in_vain(trained, tmp_path):
+    """Of seven images an export to float32 reads the two that it is compared on; one of the others is broken."""
+    line = tmp_path / "line"
+    line.mkdir()
+    for index in range(7):
+        deep = np.random.default_rng(index).integers(0, 4096, (80, 100)).astype(np.uint16)
+        Image.fromarray(deep).save(line / f"{index}.png")
+    (line / "3.png").write_bytes(b"")
+    detector = copy.deepcopy(trained()[0])
+    detector.levels = (0.0, 4095.0)
+    path = detector.save(tmp_path / "deep.safetensors")
+    out, _ = export(path, ExportSettings(compare=2), normals=line, out=tmp_path / "m.onnx")
+    exported = load_exported(out, "cpu")
+    assert exported.levels == (0, 4095)
+    ours, theirs = (detect(one, line, tmp_path / name) for one, name in ((detector, "ours"), (exported, "theirs")))
+    np.testing.assert_allclose(theirs["score"], ours["score"], rtol=1e-3)
+    assert ours["score"].notna().sum() == 6 and ours["score"].std() > 0
+
+
+# --- what counts as a difference ------------------------------------------------------------------------------------
+
+
+class Scored:
+    """Scores images by the number that their pixels are."""
+
+    image_size = input_size = (64, 64)
+
+    def __init__(self, scores, threshold=1.0):
+        self.scores, self.threshold = scores, threshold
+
+    def inspect(self, images):
+        flat = np.zeros((1, 64, 64), np.float32)
+        return Inspection(flat, flat, flat, np.array([self.scores[images[0, 0, 0, 0]]]))
+
+
+def compared(precision, good, bad, export_good, export_bad, threshold=1.0):
+    """The parity of a model with these scores and an export with those."""
+    images = [np.full((3, 64, 64), number, np.uint8) for number in range(len(good) + len(bad))]
+    model, other = Scored([*good, *bad]), Scored([*export_good, *export_bad], threshold)
+    return parity.compare(model, other, images[: len(good)], images[len(good) :], parity.TOLERANCES[precision])
+
+
+def test_pairs_that_rounding_has_ordered_are_no_change_of_the_auroc():
+    """Four of sixteen defects are not the hottest place: their images score as the good ones do, to 1e-8."""
+    good = np.linspace(0.3, 0.9, 16)
+    bad = np.concatenate([good[:4] + 1e-8, np.linspace(1.2, 3, 12)])
+    found = compared("float32", good, bad, good, np.concatenate([good[:4] - 1e-8, bad[4:]]))
+    assert found.auroc[0] - found.auroc[1] == pytest.approx(4 / 256)
+    assert found.auroc_change == 0 and not found.faults and found.as_card()["tolerance"]["auroc"] == 0
+    # The same four as much below all good images: that is no rounding.
+    found = compared("float32", good, bad, good, np.concatenate([good[:4] - 0.5, bad[4:]]))
+    assert found.auroc_change == pytest.approx(-6 / 256)
+    assert any(fault.startswith("AU-ROC changes by -0.0234 by scores more than 0.1% apart") for fault in found.faults)
+
+
+def test_eight_bits_may_change_the_auroc_by_what_is_printed_and_stored():
+    good, bad = [0.8, *np.full(5, 0.5)], np.full(6, 0.9)
+    for swapped, refused in ((1, False), (2, True)):  # of 36 pairs, of which 0.03 is more than one
+        found = compared("int8", good, bad, good, np.where(np.arange(6) < swapped, 0.75, 0.9))
+        assert found.auroc_change == pytest.approx(-swapped / 36)
+        assert found.auroc_limit == found.as_card()["tolerance"]["auroc"] == 0.03
+        assert [fault.startswith("AU-ROC changes by -0.0556") for fault in found.faults] == [True] * refused
+    few = compared("int8", good[:3], bad[:3], good[:3], [0.75, 0.9, 0.9])
+    assert few.auroc_change == pytest.approx(-1 / 9) and not few.faults
+    assert few.auroc_limit is None and few.as_card()["tolerance"]["auroc"] is None
+    assert re.search(r"^AU-ROC .* -0.1111 not judged$", few.as_text(), re.MULTILINE)
+    assert few.as_text().endswith("too few to judge the AU-ROC: one of 9 pairs is 0.11, more than 0.03")
+
+
+def test_decisions_that_flip_are_refused_unless_scores_are_at_the_threshold():
+    good, bad = np.linspace(0.86, 1, 16), np.linspace(1.3, 3, 16)
+    kept = compared("int8", good, bad, 1.2 * good, 1.2 * bad)
+    assert len(kept.flipped) == 16 and kept.flipped_apart == 13 and kept.most_flips == 3
+    (fault,) = kept.faults
+    assert fault == "13 of 32 decisions flip with score and threshold more than 2.0% apart (tolerance 3)"
+    assert not compared("int8", good, bad, 1.2 * good, 1.2 * bad, threshold=1.2).faults, "each by its own threshold"
+    at = compared("float32", [1.0], [2.0], [1 + 1e-7], [2.0])
+    assert len(at.flipped) == 1 and at.as_card()["flipped_apart"] == 0 and not at.faults
+    assert compared("float32", [0.99], [2.0], [0.99], [2.0], threshold=0.985).faults == [
+        "1 of 2 decisions flip with score and threshold more than 0.1% apart (tolerance 0)"
+    ]
 
 
 def test_the_file_is_plain_onnx_with_a_card(any_size):
@@ -195,14 +324,14 @@ def test_an_export_that_cannot_be_written_leaves_the_one_before(trained, tmp_pat
     graph = exporting.to_onnx(trained()[0], input_size=(64, 64))
     model = exporting.convert(graph, ExportSettings(to="openvino"), noise(1, 64, 64))
     exporting.save(model, {}, tmp_path / "m.xml")
-    before, write, sound = files(tmp_path), exporting.write_bytes, iter([True] * written)
+    before, sound = files(tmp_path), iter([True] * written)
 
     def full(path, data):
         if next(sound, False):
-            return write(path, data)
+            return write_bytes(path, data)
         raise RunError(f"cannot write {path}")
 
-    monkeypatch.setattr(exporting, "write_bytes", full)
+    monkeypatch.setattr("effad_lib.export.files.write_bytes", full)
     with pytest.raises(RunError):
         exporting.save(model, {"another": 1}, tmp_path / "m.xml")
     assert files(tmp_path) == before
@@ -225,7 +354,8 @@ def test_the_comparison_counts_what_it_says(small_detector):
     scores = small_detector.inspect(np.stack([*good, *with_defects(good)])).score
     crossing = (scores <= small_detector.threshold) & (scores + 0.5 > small_detector.threshold)
     assert len(found.flipped) == crossing.sum()
-    assert len(found.faults) == 2 and "combined map differs by inf%" in found.faults[0]
+    assert len(found.faults) == 3 and "combined map differs by inf%" in found.faults[0]
+    assert found.faults[2].startswith(f"{crossing.sum()} of 6 decisions flip")
 
 
 @pytest.mark.parametrize(
@@ -279,6 +409,29 @@ def test_models_and_places_that_cannot_be_are_refused(trained, normals, tmp_path
     raw = EfficientAD("XS", 8, image_size=(64, 64)).save(tmp_path / "raw.safetensors")
     with pytest.raises(SettingsError, match="has no threshold"):
         export(raw, ExportSettings(), normals=normals)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(trained, normals, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "to_onnx", lambda *_, **__: pytest.fail("work was done"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken.onnx").mkdir()
+    for place, why in (("file/m.onnx", "Not a directory"), ("taken.onnx", "Is a directory")):
+        with pytest.raises(RunError, match=rf"cannot write .*{place}: {why} .*Choose another place"):
+            export(trained()[1], ExportSettings(), normals=normals, out=tmp_path / place)
+
+
+def test_no_export_takes_the_place_of_another():
+    ways = [{}, {"any_size": True}, {"batch": 8}, {"image_size": [480, 640]}, {"opset": 20}, {"to": "openvino"}]
+    ways += [{"precision": "int8", "batch": 1, "opset": 19}]
+    assert [ExportSettings(**way).file_name for way in ways] == [
+        "model_float32.onnx",
+        "model_float32_any_size.onnx",
+        "model_float32_batch8.onnx",
+        "model_float32_480x640.onnx",
+        "model_float32_opset20.onnx",
+        "model_float32.xml",
+        "model_int8_batch1_opset19.onnx",
+    ]
 
 
 # --- the command line and a machine without torch -------------------------------------------------------------------

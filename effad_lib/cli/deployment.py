@@ -16,7 +16,11 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--normals", metavar="FOLDER", help="good images, not from training; default: those that the run held out"
     )
-    parser.add_argument("--out", metavar="FILE", help="(default: export/model_PRECISION.onnx or .xml beside the model)")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="(default: export/model_PRECISION[_WHAT_ELSE_DIFFERS].onnx or .xml beside the model)",
+    )
     parser.add_argument("--force", action="store_true", help="keep an export that differs by more than is allowed")
     add_data_files(parser)
 

@@ -21,7 +21,7 @@ from effad_lib.export.normals import find_normals, own_thresholds, read_normals,
 from effad_lib.export.parity import TOLERANCES, Parity, compare, tolerance_of, with_defects
 from effad_lib.export.quantisation import quantise
 from effad_lib.images import Size, check_size, load_images
-from effad_lib.runs import Run
+from effad_lib.runs import Run, check_writable
 from effad_lib.settings import Settings, SettingsError
 
 __all__ = [
@@ -85,6 +85,17 @@ class ExportSettings(Settings):
         """Return the size of the images that the export takes, None for any."""
         return None if self.any_size else tuple(self.image_size) or detector.image_size
 
+    @property
+    def file_name(self) -> str:
+        """The name of the file by default: what differs from the default is in it, so that none replaces another."""
+        parts = [
+            "any_size" if self.any_size else "",
+            "x".join(map(str, self.image_size)),
+            f"batch{self.batch}" if self.batch else "",
+            f"opset{self.opset}" if self.opset != LEAST_OPSET else "",
+        ]
+        return "_".join(["model", self.precision, *filter(None, parts)]) + SUFFIXES[self.to]
+
 
 def export(
     source: str | Path,
@@ -98,7 +109,7 @@ def export(
 
     `normals` is a folder of good images that were not in training, to compare on and to calibrate INT8 with; None takes
     those that the run held out. INT8 gets thresholds by its own scores of all of them, see `own_thresholds`, others
-    keep the model's. The file is `out`, or `export/model_<precision>` beside the model; OpenVINO keeps the weights in a
+    keep the model's. The file is `out`, or `file_name` in `export/` beside the model; OpenVINO keeps the weights in a
     `.bin` beside its `.xml`. It holds the model's card, what it was made with, whence its thresholds are and how it
     compared. Raises `SettingsError`, `RunError` or `ImageError` before the work starts, and `ExportError` if the export
     differs by more than its tolerance and `force` is not given: nothing is written then.
@@ -106,12 +117,13 @@ def export(
     _check_packages(settings)
     _check_opset(settings)
     path = _model_of(Path(source))
-    target = Path(out) if out else path.parent / "export" / f"model_{settings.precision}{SUFFIXES[settings.to]}"
+    target = Path(out) if out else path.parent / "export" / settings.file_name
     if target.suffix != SUFFIXES[settings.to]:
         raise SettingsError(f"{target}: a file for {settings.to} ends in {SUFFIXES[settings.to]}.")
     detector = EfficientAD.load(path)
     if detector.threshold is None:
         raise SettingsError(f"{path} has no threshold: calibrate it on held-out good images first.")
+    check_writable(target)
     files = find_normals(Path(source), normals)
     input_size, levels = settings.input_size(detector), detector.levels
     compared = spread(files, settings.compare)

@@ -94,9 +94,8 @@ class Parity:
                 f"AU-ROC changes by {self.auroc_change:+.4f} by scores {apart} (tolerance {self.auroc_limit:g})"
             )
         if self.flipped_apart > self.most_flips:
-            found.append(
-                f"{self.flipped_apart} decisions flip with score and threshold {apart} (tolerance {self.most_flips})"
-            )
+            flips = f"{self.flipped_apart} of {self.good + self.defective} decisions flip"
+            found.append(f"{flips} with score and threshold {apart} (tolerance {self.most_flips})")
         return found
 
     def _limit(self, name: str) -> float:
