@@ -16,6 +16,7 @@ from PIL import Image
 from torch.nn import functional
 from trust import files
 
+from effad_lib import engines
 from effad_lib import export as exporting
 from effad_lib.calibration import calibrate, rank
 from effad_lib.cli import main
@@ -505,6 +506,16 @@ def test_an_export_is_known_by_its_files(any_size, tmp_path):
     altered.doc_string = "another"
     onnx.save(altered, path)
     assert load_exported(path, "cpu").identity != same
+
+
+def test_an_openvino_export_is_known_by_its_weights_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines.OpenVinoDetector, "__init__", lambda self, path: setattr(self, "path", path))
+    (tmp_path / "m.xml").write_bytes(b"graph")
+    found = set()
+    for weights in (b"one", b"two", b"one"):
+        (tmp_path / "m.bin").write_bytes(weights)
+        found.add(engines.OpenVinoDetector(tmp_path / "m.xml").identity)
+    assert len(found) == 2
 
 
 def test_what_is_missing_on_a_machine_is_named(any_size, model, picture, tmp_path):
