@@ -17,6 +17,7 @@ from effad_lib.detector import EfficientAD
 from effad_lib.evaluation import data_of, evaluate
 from effad_lib.images import load_images
 from effad_lib.runs import Run, write_text
+from effad_lib.viewer import of_run, open_viewer
 
 # Started in the background by a shell, the tests and all that they start would be deaf to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -134,3 +135,9 @@ def run(evaluated_run, tmp_path):
         text = (tmp_path / "run" / name).read_text(encoding="utf-8")
         (tmp_path / "run" / name).write_text(text.replace(str(evaluated_run.parent), str(tmp_path)), encoding="utf-8")
     return tmp_path / "run"
+
+
+@pytest.fixture
+def viewer(run):
+    """A viewer of the evaluated run, without a browser."""
+    return open_viewer(of_run(run))

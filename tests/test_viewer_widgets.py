@@ -1,7 +1,6 @@
 """The widgets: what people do changes the state and draws what depends on it. Observers fire without a browser."""
 
 import asyncio
-import datetime
 import io
 import shutil
 from dataclasses import replace
@@ -10,9 +9,10 @@ import ipywidgets
 import numpy as np
 import pytest
 from PIL import Image
+from viewing import drawn, redrawn, size, size_of, text
 
 from effad_lib import metrics
-from effad_lib.viewer import State, of_images, of_maps, of_run, open_viewer, view_images, view_run
+from effad_lib.viewer import State, of_images, of_maps, open_viewer, view_images, view_run
 from effad_lib.viewer.controls import steps_from_start
 from effad_lib.viewer.findings import scan
 from effad_lib.viewer.speed import redraw_times, write_example
@@ -29,11 +29,6 @@ def run(evaluated_run, tmp_path):
 
 
 @pytest.fixture
-def viewer(run):
-    return open_viewer(of_run(run))
-
-
-@pytest.fixture
 def folder(picture, tmp_path):
     """A folder of ten pictures, the fourth broken."""
     for k in range(10):
@@ -46,38 +41,6 @@ def folder(picture, tmp_path):
 def own_model(model, tmp_path):
     """The small detector where its notes disturb nobody."""
     return shutil.copy(model, tmp_path / "model.safetensors")
-
-
-def drawn(viewer):
-    """The bytes of each panel."""
-    return {name: image.value for name, image in viewer._shell.images.items()}
-
-
-def redrawn(viewer, act):
-    """The panels whose bytes something changes."""
-    before = drawn(viewer)
-    act()
-    return {name for name, value in drawn(viewer).items() if value != before[name]}
-
-
-def size_of(value):
-    """The width and height of an encoded picture."""
-    return Image.open(io.BytesIO(value)).size
-
-
-def size(viewer, name="image"):
-    return size_of(viewer._shell.images[name].value)
-
-
-def text(viewer, name):
-    return viewer._shell.texts[name].value
-
-
-def upload(viewer, name, content):
-    """What the front end sends for one file."""
-    when = datetime.datetime.now()
-    file = {"name": name, "type": "", "size": len(content), "content": memoryview(content), "last_modified": when}
-    viewer.controls["upload"].value = (file,)
 
 
 def test_a_viewer_opens_on_the_highest_score_with_everything_drawn(viewer, run):
@@ -299,33 +262,6 @@ def test_scoring_goes_on_between_the_messages_of_the_front_end(own_model, folder
     assert viewer.score_all().state.index == np.nanargmax(found.scores)  # nothing is left to do
 
 
-def test_one_picture_is_uploaded_scored_and_shown(viewer, picture, tmp_path):
-    content = picture(tmp_path / "x.png", size=(70, 90), seed=9).read_bytes()
-    viewer.controls["defect"].value = "good"
-    upload(viewer, "..\\..\\C:/etc/my <i>.PNG", content)
-    assert viewer.state.index == 6 and viewer.findings.names[6] == "my <i>.PNG" and viewer.state.defect == ALL
-    assert viewer.controls["list"].value == 6 and size(viewer) == (90 * 5, 70 * 5)
-    assert "my &lt;i&gt;.PNG: score" in text(viewer, "message")
-
-
-@pytest.mark.parametrize("name", ["broken.png", "../../up.png", "a" * 300 + ".png", "x." + "p" * 300, "odd.svg", ""])
-def test_a_broken_upload_is_named_and_changes_nothing(viewer, name, tmp_path):
-    before = viewer.state
-    assert redrawn(viewer, lambda: upload(viewer, name, b"no image")) == set()
-    assert viewer.state == before and len(viewer.findings) == 6
-    why = "cannot be read" if name.endswith(".png") else "no known ending"
-    assert f">{name.split('/')[-1]}: {why}" in text(viewer, "message")
-
-
-def test_a_type_of_defect_that_comes_later_can_be_chosen(viewer, picture, tmp_path):
-    choice, content = viewer.controls["defect"], picture(tmp_path / "mine.png").read_bytes()
-    assert "not known" not in [label for label, _ in choice.options]
-    viewer._upload(({"name": "mine.png", "content": content},))
-    assert "not known" in [label for label, _ in choice.options] and choice.value == ALL == viewer.state.defect
-    choice.value = ""
-    assert len(viewer.controls["list"].options) == 1 and viewer.findings.names[viewer.state.index] == "mine.png"
-
-
 def test_a_line_that_is_gone_when_the_browser_names_it_is_not_taken(viewer):
     lines, before = viewer.controls["list"], viewer.state
     lines.set_state({"index": 99})
@@ -375,14 +311,6 @@ def test_what_was_said_of_one_image_is_not_said_of_the_next(viewer):
     assert "no true defect" in text(viewer, "message")
     viewer.controls["next"].click()
     assert "no true defect" not in text(viewer, "message")
-
-
-def test_the_same_picture_can_be_uploaded_twice_and_each_has_its_note(viewer, picture, tmp_path):
-    content = picture(tmp_path / "mine.png").read_bytes()
-    for _ in range(2):
-        upload(viewer, "mine.png", content)
-        assert viewer.controls["upload"].value == ()
-    assert viewer.findings.names[-2:] == ["mine.png", "mine (2).png"]
 
 
 def test_each_threshold_is_called_by_its_name(viewer, run):
