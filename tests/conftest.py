@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from counting import CELLS, notebook
 from PIL import Image
 
 from effad_lib.calibration import calibrate
@@ -17,6 +18,7 @@ from effad_lib.detector import EfficientAD
 from effad_lib.evaluation import data_of, evaluate
 from effad_lib.images import load_images
 from effad_lib.runs import Run, write_text
+from effad_lib.sweeps import SweepSettings
 from effad_lib.viewer import of_run, open_viewer
 
 # Started in the background by a shell, the tests and all that they start would be deaf to Ctrl-C.
@@ -141,3 +143,18 @@ def run(evaluated_run, tmp_path):
 def viewer(run):
     """A viewer of the evaluated run, without a browser."""
     return open_viewer(of_run(run))
+
+
+@pytest.fixture
+def counting(tmp_path):
+    """A function that writes a sweep of a notebook that counts, saving every number; returns arguments."""
+    folder = tmp_path / "notebooks"
+    notebook(folder / "counting.ipynb", *CELLS)
+    (folder / "sweeps").mkdir()
+
+    def write(text, **settings):
+        (folder / "sweeps" / "mine.yaml").write_text(f"notebooks: [counting]\n{text}")
+        values = {"sweep": "mine", "runs": str(tmp_path / "runs"), "workers": 2} | settings
+        return {"settings": SweepSettings(**values), "notebooks": folder}
+
+    return write
