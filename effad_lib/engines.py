@@ -236,13 +236,13 @@ def _check_whole(path: Path) -> None:
     """
     files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
     if not files[-1].is_file():
-        raise SettingsError(f"model {path}: its weights, {files[-1]}, are not there. Copy both files of the export.")
+        raise SettingsError(f"model {path}: not a whole effad export: {files[-1].name} is not beside it. Copy both.")
     stated, found = seal_of(*(file.read_bytes() for file in files))
     if stated != found:
         names = " and ".join(map(str, files))
         raise SettingsError(
-            f"model {names}: not what was exported, as the hash in its card says: altered, cut short, or of two "
-            f"exports. Copy all of it again, or export it again."
+            f"model {names}: not a whole effad export, as the hash in its card says: altered, cut short, or of two "
+            f"exports. Copy or export all of it again."
         )
 
 

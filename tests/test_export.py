@@ -22,8 +22,8 @@ from effad_lib.calibration import calibrate, rank
 from effad_lib.cli import main
 from effad_lib.detection import detect
 from effad_lib.detector import EfficientAD
-from effad_lib.engines import CARD, OUTPUTS, Inspection, load_exported
-from effad_lib.export import ExportError, ExportSettings, export, parity, resize, with_defects
+from effad_lib.engines import CARD, OUTPUTS, load_exported
+from effad_lib.export import ExportError, ExportSettings, export, resize
 from effad_lib.export import normals as good_images
 from effad_lib.images import find_images, load_images, packaged_photographs, read_image
 from effad_lib.runs import PROJECT, Run, RunError, write_bytes
@@ -222,70 +222,6 @@ def test_sixteen_bits_keep_their_levels_and_no_image_is_read_in_vain(trained, tm
     assert ours["score"].notna().sum() == 6 and ours["score"].std() > 0
 
 
-# --- what counts as a difference ------------------------------------------------------------------------------------
-
-
-class Scored:
-    """Scores images by the number that their pixels are."""
-
-    image_size = input_size = (64, 64)
-
-    def __init__(self, scores, threshold=1.0):
-        self.scores, self.threshold = scores, threshold
-
-    def inspect(self, images):
-        flat = np.zeros((1, 64, 64), np.float32)
-        return Inspection(flat, flat, flat, np.array([self.scores[images[0, 0, 0, 0]]]))
-
-
-def compared(precision, good, bad, export_good, export_bad, threshold=1.0):
-    """The parity of a model with these scores and an export with those."""
-    images = [np.full((3, 64, 64), number, np.uint8) for number in range(len(good) + len(bad))]
-    model, other = Scored([*good, *bad]), Scored([*export_good, *export_bad], threshold)
-    return parity.compare(model, other, images[: len(good)], images[len(good) :], parity.TOLERANCES[precision])
-
-
-def test_pairs_that_rounding_has_ordered_are_no_change_of_the_auroc():
-    """Four of sixteen defects are not the hottest place: their images score as the good ones do, to 1e-8."""
-    good = np.linspace(0.3, 0.9, 16)
-    bad = np.concatenate([good[:4] + 1e-8, np.linspace(1.2, 3, 12)])
-    found = compared("float32", good, bad, good, np.concatenate([good[:4] - 1e-8, bad[4:]]))
-    assert found.auroc[0] - found.auroc[1] == pytest.approx(4 / 256)
-    assert found.auroc_change == 0 and not found.faults and found.as_card()["tolerance"]["auroc"] == 0
-    # The same four as much below all good images: that is no rounding.
-    found = compared("float32", good, bad, good, np.concatenate([good[:4] - 0.5, bad[4:]]))
-    assert found.auroc_change == pytest.approx(-6 / 256)
-    assert any(fault.startswith("AU-ROC changes by -0.0234 by scores more than 0.1% apart") for fault in found.faults)
-
-
-def test_eight_bits_may_change_the_auroc_by_what_is_printed_and_stored():
-    good, bad = [0.8, *np.full(5, 0.5)], np.full(6, 0.9)
-    for swapped, refused in ((1, False), (2, True)):  # of 36 pairs, of which 0.03 is more than one
-        found = compared("int8", good, bad, good, np.where(np.arange(6) < swapped, 0.75, 0.9))
-        assert found.auroc_change == pytest.approx(-swapped / 36)
-        assert found.auroc_limit == found.as_card()["tolerance"]["auroc"] == 0.03
-        assert [fault.startswith("AU-ROC changes by -0.0556") for fault in found.faults] == [True] * refused
-    few = compared("int8", good[:3], bad[:3], good[:3], [0.75, 0.9, 0.9])
-    assert few.auroc_change == pytest.approx(-1 / 9) and not few.faults
-    assert few.auroc_limit is None and few.as_card()["tolerance"]["auroc"] is None
-    assert re.search(r"^AU-ROC .* -0.1111 not judged$", few.as_text(), re.MULTILINE)
-    assert few.as_text().endswith("too few to judge the AU-ROC: one of 9 pairs is 0.11, more than 0.03")
-
-
-def test_decisions_that_flip_are_refused_unless_scores_are_at_the_threshold():
-    good, bad = np.linspace(0.86, 1, 16), np.linspace(1.3, 3, 16)
-    kept = compared("int8", good, bad, 1.2 * good, 1.2 * bad)
-    assert len(kept.flipped) == 16 and kept.flipped_apart == 13 and kept.most_flips == 3
-    (fault,) = kept.faults
-    assert fault == "13 of 32 decisions flip with score and threshold more than 2.0% apart (tolerance 3)"
-    assert not compared("int8", good, bad, 1.2 * good, 1.2 * bad, threshold=1.2).faults, "each by its own threshold"
-    at = compared("float32", [1.0], [2.0], [1 + 1e-7], [2.0])
-    assert len(at.flipped) == 1 and at.as_card()["flipped_apart"] == 0 and not at.faults
-    assert compared("float32", [0.99], [2.0], [0.99], [2.0], threshold=0.985).faults == [
-        "1 of 2 decisions flip with score and threshold more than 0.1% apart (tolerance 0)"
-    ]
-
-
 def test_the_file_is_plain_onnx_with_a_card(any_size):
     detector, path = any_size
     model = onnx.load(path)
@@ -336,27 +272,6 @@ def test_an_export_that_cannot_be_written_leaves_the_one_before(trained, tmp_pat
     with pytest.raises(RunError):
         exporting.save(model, {"another": 1}, tmp_path / "m.xml")
     assert files(tmp_path) == before
-
-
-def test_the_comparison_counts_what_it_says(small_detector):
-    class Other:
-        threshold, pixel_threshold = small_detector.threshold, small_detector.pixel_threshold
-        image_size = input_size = (64, 64)
-
-        def inspect(self, images):
-            found = small_detector.inspect(images)
-            return found._replace(score=found.score + 0.5, combined=found.combined * np.nan)
-
-    good = list(noise(3, 64, 64))
-    found = parity.compare(small_detector, Other(), good, with_defects(good), parity.TOLERANCES["float32"])
-    assert found.differences["student_teacher"] == (0, 0)
-    assert found.differences["score"][0] == pytest.approx(0.5, rel=1e-6)
-    assert found.differences["combined"][1] == np.inf
-    scores = small_detector.inspect(np.stack([*good, *with_defects(good)])).score
-    crossing = (scores <= small_detector.threshold) & (scores + 0.5 > small_detector.threshold)
-    assert len(found.flipped) == crossing.sum()
-    assert len(found.faults) == 3 and "combined map differs by inf%" in found.faults[0]
-    assert found.faults[2].startswith(f"{crossing.sum()} of 6 decisions flip")
 
 
 @pytest.mark.parametrize(
@@ -547,69 +462,6 @@ def test_files_that_are_no_exports_are_named(tmp_path, any_size):
         load_exported(tmp_path / "bare.onnx")
     with pytest.raises(SettingsError, match=r"device = 'tpu': not available to this runtime. Use 'auto' or: cpu"):
         load_exported(any_size[1], "tpu")
-
-
-@pytest.fixture(scope="module")
-def sealed(trained, normals, tmp_path_factory):
-    """A folder with an export for each runtime, and one of another model of the same size."""
-    folder = tmp_path_factory.mktemp("sealed")
-    torch.manual_seed(1)
-    other = EfficientAD("XS", 8, image_size=(64, 64))
-    calibrate(other, load_images(find_images(normals), (64, 64)))
-    other = other.save(folder / "other.safetensors")
-    for name, model in {"m.onnx": trained()[1], "m.xml": trained()[1], "other.xml": other}.items():
-        settings = ExportSettings(to="onnx" if name == "m.onnx" else "openvino", compare=2)
-        export(model, settings, normals=normals, out=folder / name)
-    return folder
-
-
-def test_weights_that_are_not_those_of_the_file_are_refused(sealed, tmp_path):
-    path, beside = tmp_path / "m.xml", tmp_path / "m.bin"
-    path.write_bytes((sealed / "m.xml").read_bytes())
-    weights, others = (sealed / "m.bin").read_bytes(), (sealed / "other.bin").read_bytes()
-    assert len(weights) == len(others) and weights != others  # which OpenVINO would take
-    beside.write_bytes(weights)
-    assert load_exported(path, "cpu").runtime.startswith("OpenVINO")
-    altered = weights[:400] + bytes([weights[400] ^ 1]) + weights[401:]
-    for wrong in (b"", weights[: len(weights) // 2], weights + b"x", others, altered):
-        beside.write_bytes(wrong)
-        with pytest.raises(SettingsError, match=r"m\.xml and .*m\.bin: not what was exported.*Copy all of it again"):
-            load_exported(path, "cpu")
-    beside.unlink()
-    with pytest.raises(SettingsError, match=r"its weights, .*m\.bin, are not there. Copy both files"):
-        load_exported(path, "cpu")
-
-
-@pytest.mark.parametrize("name", ["m.onnx", "m.xml"])
-def test_an_altered_file_is_refused_and_one_of_before_loads(sealed, trained, tmp_path, name):
-    path, whole = tmp_path / name, (sealed / name).read_bytes()
-    (tmp_path / "m.bin").write_bytes((sealed / "m.bin").read_bytes())
-    digit = re.search(rb"threshold\D+\d\.\d", whole).end()
-    other = b"1" if whole[digit : digit + 1] != b"1" else b"2"
-    path.write_bytes(whole[:digit] + other + whole[digit + 1 :])  # another threshold
-    with pytest.raises(SettingsError, match="not what was exported"):
-        load_exported(path, "cpu")
-    if name == "m.onnx":
-        place = whole.index(onnx.load(sealed / name).graph.initializer[0].raw_data)
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(SettingsError, match="not what was exported"):
-            load_exported(path, "cpu")
-        path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(SettingsError, match=r"not a whole effad export .*Protobuf"):
-            load_exported(path, "cpu")
-    path.write_bytes(whole.replace(b"effad sha256", b"another hash"))
-    assert load_exported(path, "cpu").threshold == trained()[0].threshold
-
-
-def test_a_runtime_says_what_is_wrong_and_threads_are_checked(sealed, tmp_path):
-    (tmp_path / "m.bin").write_bytes((sealed / "m.bin").read_bytes()[:100])
-    whole = (sealed / "m.xml").read_bytes()
-    (tmp_path / "m.xml").write_bytes(whole.replace(b"effad sha256", b"another hash"))
-    with pytest.raises(SettingsError, match=r"m\.xml: .*\(Incorrect weights in bin file!\)"):
-        load_exported(tmp_path / "m.xml", "cpu")
-    for name in ("m.xml", "m.onnx"):
-        with pytest.raises(SettingsError, match=r"threads = -1: takes a number of threads, or 0"):
-            load_exported(sealed / name, "cpu", -1)
 
 
 def test_images_of_another_size_than_a_fixed_export_are_named(trained, normals, tmp_path):

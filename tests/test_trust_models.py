@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
@@ -160,7 +160,7 @@ def exported(tmp_path_factory, model):
     for to, name in (("onnx", "m.onnx"), ("openvino", "m.xml")):
         settings = ExportSettings(to=to)
         card = detector.card_now() | {"export": record(settings, (64, 64))}
-        made[Path(name).suffix] = save_export(convert(graph, settings, np.empty(0)), card, folder / to / name)
+        made[Path(name).suffix] = save_export(convert(graph, settings), card, folder / to / name)
     return made
 
 
@@ -204,7 +204,7 @@ def test_exports_that_are_not_whole(own, picture, tmp_path, capsys, kind):
     ending, change = EXPORTS[kind]
     change(path := own(ending))
     arguments = ["detect", path, picture(tmp_path / "a.png"), "--out", tmp_path / "out"]
-    said = command_refused(capsys, arguments, "not a whole effad export that this runtime can use")
+    said = command_refused(capsys, arguments, "not a whole effad export")
     assert "root:" not in said and not (tmp_path / "out").exists()
 
 
@@ -215,6 +215,7 @@ def test_cards_of_exports_are_checked_as_those_of_models(own, kind):
     path = own(".onnx")
     graph = onnx.load(path)
     card = json.loads(next(entry.value for entry in graph.metadata_props if entry.key == CARD))
+    del card["seal"]  # as whoever alters it would
     del graph.metadata_props[:]
     if kind != "no card":
         change, says = CARDS[kind]
@@ -233,8 +234,53 @@ def test_weights_of_an_export_are_taken_from_no_other_folder(own, tmp_path):
     weights.ClearField("raw_data")
     weights.data_location = onnx.TensorProto.EXTERNAL
     weights.external_data.add(key="location", value="../secret")
-    path.write_bytes(graph.SerializeToString())
+    path.write_bytes(graph.SerializeToString().replace(b"effad sha256", b"another hash"))
     refused(lambda: load_exported(path, "cpu"), "not a whole effad export")
+
+
+def test_weights_of_another_export_or_altered_ones_are_named(own, model, tmp_path):
+    path = own(".xml")
+    beside = path.with_suffix(".bin")
+    weights = beside.read_bytes()
+    detector = EfficientAD.load(model)
+    detector.student.load_state_dict({name: value + 0.01 for name, value in detector.student.state_dict().items()})
+    graph = to_onnx(detector, input_size=(64, 64))
+    other = save_export(convert(graph, ExportSettings(to="openvino")), {}, tmp_path / "other.xml").with_suffix(".bin")
+    assert len(other.read_bytes()) == len(weights)  # so OpenVINO would take it
+    altered = weights[:400] + bytes([weights[400] ^ 1]) + weights[401:]
+    for wrong in (b"", weights[: len(weights) // 2], weights + b"x", other.read_bytes(), altered):
+        beside.write_bytes(wrong)
+        refused(lambda: load_exported(path, "cpu"), r"m\.xml and .*m\.bin: not a whole effad export, as the hash")
+    beside.unlink()
+    refused(lambda: load_exported(path, "cpu"), r"m\.bin is not beside it. Copy both")
+    beside.write_bytes(weights)
+    assert load_exported(path, "cpu").runtime.startswith("OpenVINO")
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".xml"])
+def test_an_altered_export_is_refused_and_one_of_before_seals_is_opened(own, ending):
+    path = own(ending)
+    whole, threshold = path.read_bytes(), load_exported(path, "cpu").threshold
+    places = [re.search(rb"threshold\D+\d\.\d", whole).end()]  # a digit of it
+    if ending == ".onnx":
+        places.append(whole.index(onnx.load(path).graph.initializer[0].raw_data))
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        refused(lambda: load_exported(path, "cpu"), "not a whole effad export, as the hash in its card says: altered")
+    path.write_bytes(whole.replace(b"effad sha256", b"another hash"))
+    assert load_exported(path, "cpu").threshold == threshold
+
+
+def test_of_a_runtimes_message_the_last_line_is_shown(own):
+    path = own(".xml")
+    path.write_bytes(path.read_bytes().replace(b"effad sha256", b"another hash"))
+    os.truncate(path.with_suffix(".bin"), 100)
+    refused(lambda: load_exported(path, "cpu"), r"runtime can use \(Incorrect weights in bin file!\)")
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".xml"])
+def test_threads_that_cannot_be(own, ending):
+    refused(lambda: load_exported(own(ending), "cpu", -1), "threads = -1: takes a number of threads, or 0")
 
 
 @pytest.mark.parametrize("name", ["m.pt", "m.onnx.gz", "m", "m.ONNX", "m.bin"])
