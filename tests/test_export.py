@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import re
 import subprocess
 import sys
 
