@@ -17,7 +17,8 @@ from effad_lib.detector import EfficientAD
 from effad_lib.engines import load_exported
 from effad_lib.evaluation import evaluate_run
 from effad_lib.export import ExportSettings, export
-from effad_lib.images import ImageError, packaged_photographs, read_image
+from effad_lib.export.normals import own_thresholds
+from effad_lib.images import ImageError, find_images, packaged_photographs, read_image
 from effad_lib.runs import Run
 from effad_lib.settings import SettingsError
 from effad_lib.tiling import BLIND, check_overlap, inspect_tiles, places
@@ -121,7 +122,7 @@ def test_detection_in_tiles_writes_maps_of_the_whole(small_detector, picture, tm
 
 @pytest.fixture(scope="module")
 def textured(tmp_path_factory):
-    """A model whose threshold is that of 29 single tiles, one with that of 29 images of 64×352 pixels in tiles, and
+    """A model whose threshold is that of 29 single tiles, one with that of 29 images of 64×640 pixels in tiles, and
     the folder of these; at most 10 % false alarms were wished for."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("textures")
     torch.manual_seed(0)
@@ -130,7 +131,7 @@ def textured(tmp_path_factory):
     single, tiled, line = folder / "single.safetensors", folder / "tiled.safetensors", folder / "line"
     made.save(single, {"data": "textures"})
     line.mkdir()
-    for index, pixels in enumerate(textures(rng, 29, 352)):
+    for index, pixels in enumerate(textures(rng, 29, 640)):
         Image.fromarray(pixels.transpose(1, 2, 0)).save(line / f"{index:02}.png")
     wish = ["--false-alarm-rate", "0.1", "--tile-overlap", "40", "--normals", str(line), "--out", str(tiled)]
     assert main(["threshold", str(single), *wish]) == 0
@@ -148,7 +149,7 @@ def test_a_threshold_of_tiled_images_keeps_the_promise_that_one_of_tiles_breaks(
     for file in sorted(line.iterdir())[:3]:
         score = float(inspect_tiles(model, read_image(file), 40).score[0])
         assert min(abs(np.array(chosen["scores"]) - score)) < 1e-6
-    new = [float(inspect_tiles(model, one, 40).score[0]) for one in textures(np.random.default_rng(1), 40, 352)]
+    new = [float(inspect_tiles(model, one, 40).score[0]) for one in textures(np.random.default_rng(1), 40, 640)]
     assert np.mean(np.array(new) > model.threshold) <= 0.1
     assert np.mean(np.array(new) > before.threshold) > 0.25
 
@@ -184,6 +185,11 @@ def test_a_threshold_of_tiles_goes_into_an_export(textured, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Wanted(tile_overlap=40).check(exported)
+    exported.threshold = 9.0  # as of an INT8 export, which gets its own
+    assert own_thresholds(exported, model, find_images(line), "line") == "its own scores of 29 good images in tiles"
+    assert exported.threshold == pytest.approx(model.threshold, rel=1e-3) and exported.calibration["tile_overlap"] == 40
+    with pytest.warns(UserWarning, match="keeps its model's thresholds, chosen on 29 good images in tiles"):
+        assert own_thresholds(exported, model, find_images(line), "") == "the model"
 
 
 def test_a_threshold_of_tiles_that_cannot_be_is_refused(textured, picture, tmp_path, capsys):

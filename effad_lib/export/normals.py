@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from effad_lib.calibration import choose_thresholds, measure_normals
+from effad_lib.calibration import choose_thresholds, measure_normals, measure_tiled_normals
 from effad_lib.detector import EfficientAD
 from effad_lib.engines import Exported
 from effad_lib.evaluation import data_of
@@ -69,17 +69,23 @@ def own_thresholds(exported: Exported, detector: EfficientAD, files: Sequence[Pa
     """Choose an export's thresholds by its own scores of good images and by its model's rule; return whence they are.
 
     They stay the model's, and a warning says so, if there are fewer images than those were chosen on, or if the model
-    does not say on how many. `source` is the name of the images' folder, "" for those held out from training.
+    does not say on how many. `source` is the name of the images' folder, "" for those held out from training, which
+    are no larger than a tile and do not serve where the model's thresholds were chosen on images in tiles.
     """
-    rule = detector.calibration
-    if "false_alarm_rate" not in rule or len(files) < rule["normals"]:
+    rule, tiled = detector.calibration, "tile_overlap" in detector.calibration
+    at_hand = source and exported.input_size in (None, exported.image_size)  # images, and a file that takes their tiles
+    if "false_alarm_rate" not in rule or len(files) < rule["normals"] or (tiled and not at_hand):
         warnings.warn(
             f"the export keeps its model's thresholds, chosen on {rule.get('normals', 'an unknown number of')} good "
-            f"images; here are {len(files)}. For thresholds by its own scores give as many, --normals FOLDER, or "
-            f"choose its model's anew first, `effad threshold`.",
+            f"images{' in tiles' * tiled}; here are {len(files)}. For thresholds by its own scores give as many such "
+            f"images, --normals FOLDER, or choose its model's anew first, `effad threshold`.",
             stacklevel=3,
         )
         return "the model"
+    if tiled:
+        measure_tiled_normals(exported, files, rule["tile_overlap"], source=source)
+        choose_thresholds(exported, rule["false_alarm_rate"], rule["confidence"])
+        return f"its own scores of {len(files)} good images in tiles"
     step = exported.batch or 8 if exported.input_size else 1  # images of any size are no batch
     starts = progress(range(0, len(files), step), desc="scoring good images", unit="batch", leave=False)
     parts = (files[start : start + step] for start in starts)
