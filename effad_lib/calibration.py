@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from effad_lib.detector import EfficientAD
-from effad_lib.engines import Inspector
+from effad_lib.engines import Inspection, Inspector
 from effad_lib.images import ImageError, read_image, to_float
 from effad_lib.memory import kept_memory
 from effad_lib.progress import progress
@@ -95,8 +95,8 @@ def measure_normals(
     `source` is named. Raises `RunError` if a map is not finite, naming the image as in `names`, such as its file, or by
     its index.
     """
-    maps = (one for batch in batches for one in detector.inspect(np.asarray(batch)).combined)
-    _store(detector, maps, names, {"source": source} if source else {})
+    found = (detector.inspect(np.asarray(batch)) for batch in batches)
+    _store(detector, found, names, {"source": source} if source else {})
 
 
 def measure_tiled_normals(detector: Inspector, files: Sequence[Path], overlap: int, *, source: str) -> None:
@@ -107,25 +107,27 @@ def measure_tiled_normals(detector: Inspector, files: Sequence[Path], overlap: i
     Raises `ImageError` for a file that cannot be read or is smaller than a tile, and `RunError` as `measure_normals`.
     """
 
-    def maps() -> Iterator[np.ndarray]:
+    def found() -> Iterator[Inspection]:
         for file in progress(files, desc="measuring normal images", unit="image"):
             image = read_image(file, levels=detector.levels)
             try:
-                yield inspect_tiles(detector, image, overlap).combined
+                yield inspect_tiles(detector, image, overlap)
             except ImageError as error:
                 raise ImageError(f"{file}: {error}") from None
 
     with kept_memory():
-        _store(detector, maps(), files, {"source": source, "tile_overlap": overlap})
+        _store(detector, found(), files, {"source": source, "tile_overlap": overlap})
 
 
-def _store(detector: Inspector, maps: Iterable[np.ndarray], names: Sequence[object], told: dict[str, Any]) -> None:
-    """Store score and pixels of each combined map, sorted, with what else is told of the images."""
-    values = [(one.max(), np.quantile(one, 1 - MARKED, method="higher")) for one in maps]
-    scores, pixels = np.array(values, dtype=float).T
+def _store(detector: Inspector, found: Iterable[Inspection], names: Sequence[object], told: dict[str, Any]) -> None:
+    """Store score and pixels of each image, sorted, with what else is told of the images."""
+    scores, pixels = [], []
+    for batch in found:
+        scores += batch.score.tolist()
+        flat = batch.combined.reshape(len(batch.score), -1)
+        pixels += np.quantile(flat, 1 - MARKED, axis=1, method="higher").tolist()
     _check_finite(np.isfinite(scores), names)
-    stored = {"normals": len(scores), "scores": sorted(scores.tolist()), "pixels": sorted(pixels.tolist())}
-    detector.calibration = stored | told
+    detector.calibration = {"normals": len(scores), "scores": sorted(scores), "pixels": sorted(pixels)} | told
 
 
 def choose_thresholds(detector: Inspector, false_alarm_rate: float, confidence: float) -> None:
