@@ -52,7 +52,7 @@ TEACHERS = {
     "infinite": (lambda: layers() | {"head.bias": torch.full((8,), INFINITE)}, "head.bias holds NaN or infinite"),
     "a layer too many": (lambda: layers() | {"more": torch.zeros(1)}, "more is no layer of PDN-XS"),
     "a layer missing": (lambda: {"head.bias": layers()["head.bias"]}, "needs shape .*, the file has nothing"),
-    "another shape": (lambda: layers() | {"trunk.0.bias": torch.zeros(3)}, r"trunk.0.bias needs shape \(64,\)"),
+    "another shape": (lambda: layers() | {"trunk.0.bias": torch.zeros(3)}, r"trunk.0.bias needs shape \(48,\)"),
     "nothing": (dict, "its card has 8 channels, its weights 0"),
 }  # fmt: skip
 
