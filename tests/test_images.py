@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, rng, monkeypatch):
     (tmp_path / "closed").mkdir()
 
     def scandir(folder, real=os.scandir):
-        if folder.name == "closed":
+        if os.path.basename(folder) == "closed":
             raise PermissionError(13, "Permission denied")
         return real(folder)
 
