@@ -244,8 +244,7 @@ def tables(settings: BenchmarkSettings) -> Iterator[tuple[str, pd.DataFrame]]:
         work["inference"] = lambda one: inference_table(one, literal)
     for name, measured in work.items():
         table = measured(settings)
-        peaks = [
-            f", float32 peak {one / 1e9:.0f} GFLOP/s ({name})" for name, one in table.attrs.get("peaks", {}).items()
-        ]
-        table.attrs["where"] = where + "".join(peaks)
+        peaks = table.attrs.get("peaks", {}).items()
+        said = "".join(f", float32 peak {best / 1e9:.0f} GFLOP/s ({kind})" for kind, best in peaks)
+        table.attrs["where"] = where + said
         yield name, table

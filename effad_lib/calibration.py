@@ -73,7 +73,8 @@ def calibrate(
     rank(len(images), false_alarm_rate, confidence)
     detector.eval()
     maps = [
-        torch.cat(detector.raw_maps(batch), dim=1).float().cpu() for batch in _batches(detector, images, batch_size)
+        torch.cat(detector.raw_maps(to_float(batch.to(detector.device))), dim=1).float().cpu()
+        for batch in images.split(batch_size)
     ]
     values = torch.cat(maps)
     _check_finite(values.flatten(1).isfinite().all(dim=1).numpy(), ())
@@ -156,7 +157,3 @@ def _check_finite(finite: np.ndarray, names: Sequence[object]) -> None:
             f"{name}: its anomaly map holds NaN or infinite values. The training has diverged: train again with "
             f"a lower learning_rate or in precision float32."
         )
-
-
-def _batches(detector: EfficientAD, images: Tensor, batch_size: int) -> Iterable[Tensor]:
-    return (to_float(batch.to(detector.device)) for batch in images.split(batch_size))

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from effad_lib.engines import RUNTIMES, Inspection, Inspector, load_exported
+from effad_lib.engines import RUNTIMES, Inspection, Inspector, check_threads, load_exported
 from effad_lib.memory import kept_memory
 from effad_lib.progress import progress
 from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
@@ -69,8 +69,7 @@ def open_model(path: str | Path, device: str = "auto", threads: int = 0) -> Insp
     and as `EfficientAD.load` and `load_exported`.
     """
     path = Path(path)
-    if threads < 0:
-        raise SettingsError(f"threads = {threads}: takes a number of threads, or 0 for as many as the runtime likes.")
+    check_threads(threads)
     if path.suffix in RUNTIMES:
         return load_exported(path, device, threads)
     try:

@@ -6,7 +6,7 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -70,9 +70,11 @@ class Exported(ABC):
 
     runtime: str
     device: str
+    identity: str
 
     def __init__(self, path: Path, device: str, threads: int) -> None:
-        self.path = path
+        check_threads(threads)
+        self.identity = identity_of(path)
         try:
             text = self._open(path, device, threads)
             self.card = read_card(text)
@@ -99,14 +101,6 @@ class Exported(ABC):
     @abstractmethod
     def _run(self, images: np.ndarray) -> Sequence[np.ndarray]:
         """Return the four outputs for images float32 [N, 3, H, W] in [0, 1]; the file takes their number and size."""
-
-    @cached_property
-    def identity(self) -> str:
-        """The SHA-256 of the file, with that of the weights where they lie beside it."""
-        digest = hashlib.sha256(self.path.read_bytes())
-        if self.path.suffix == ".xml":
-            digest.update(self.path.with_suffix(".bin").read_bytes())
-        return digest.hexdigest()
 
     def inspect(self, images: np.ndarray) -> Inspection:
         """Return maps and scores of images [N, 3, H, W], uint8 or float32 in [0, 1].
@@ -214,36 +208,44 @@ def _device(wanted: str, there: list[str], best: str) -> str:
     return wanted
 
 
+def check_threads(threads: int) -> None:
+    """Raise `SettingsError` for a number of threads that cannot be."""
+    if threads < 0:
+        raise SettingsError(f"threads = {threads}: takes a number of threads, or 0, which leaves it to the runtime.")
+
+
 def seal_of(head: bytes, *weights: bytes) -> tuple[bytes, bytes]:
-    """Return the SHA-256 that an exported file states of itself and its weights, and what it is; b"" if it states none.
+    """Return the SHA-256 that an exported file states of itself and its weights, b"" if it states none, and what it is.
 
     Where the hash stands in the file, zeros are hashed in its place. So no runtime has to parse the file first, and the
     card with its thresholds is covered too.
     """
     stated = SEAL.search(head)
-    if stated is None:
-        return b"", b""
-    whole = hashlib.sha256(head[: stated.start(1)] + b"0" * 64 + head[stated.end(1) :])
+    if stated:
+        head = head[: stated.start(1)] + b"0" * 64 + head[stated.end(1) :]
+    whole = hashlib.sha256(head)
     for part in weights:
         whole.update(part)
-    return stated[1], whole.hexdigest().encode()
+    return stated[1] if stated else b"", whole.hexdigest().encode()
 
 
-def _check_whole(path: Path) -> None:
-    """Raise `SettingsError` if the weights of an `.xml` are missing, or if a file is not as it was exported.
+def identity_of(path: Path) -> str:
+    """Return the SHA-256 of an exported file and of the weights beside an `.xml`.
 
-    Files of before exports were sealed pass.
+    Raises `SettingsError` if these are missing, or if the files are not as they were exported; those of before exports
+    were sealed pass.
     """
     files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
     if not files[-1].is_file():
         raise SettingsError(f"model {path}: not a whole effad export: {files[-1].name} is not beside it. Copy both.")
     stated, found = seal_of(*(file.read_bytes() for file in files))
-    if stated != found:
+    if stated not in (b"", found):
         names = " and ".join(map(str, files))
         raise SettingsError(
             f"model {names}: not a whole effad export, as the hash in its card says: altered, cut short, or of two "
             f"exports. Copy or export all of it again."
         )
+    return found.decode()
 
 
 def load_exported(path: str | Path, device: str = "auto", threads: int = 0) -> Exported:
@@ -257,7 +259,4 @@ def load_exported(path: str | Path, device: str = "auto", threads: int = 0) -> E
         raise SettingsError(f"model {path}: unknown ending {path.suffix!r}: {nearest(path.suffix, RUNTIMES)}")
     if not path.is_file():
         raise SettingsError(f"model {path}: there is no such file. Export one with `effad export RUN`.")
-    if threads < 0:
-        raise SettingsError(f"threads = {threads}: takes a number of threads, or 0, which leaves it to the runtime.")
-    _check_whole(path)
     return RUNTIMES[path.suffix](path, device, threads)

@@ -113,7 +113,7 @@ def check_writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror} ({there}). Choose another place.") from error
+        raise unwritable(path, error) from error
 
 
 def partial_of(path: Path) -> Path:

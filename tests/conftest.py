@@ -16,7 +16,8 @@ from PIL import Image
 from effad_lib.calibration import calibrate
 from effad_lib.detector import EfficientAD
 from effad_lib.evaluation import data_of, evaluate
-from effad_lib.images import load_images
+from effad_lib.export import ExportSettings, export
+from effad_lib.images import find_images, load_images, packaged_photographs
 from effad_lib.runs import Run, write_text
 from effad_lib.sweeps import SweepSettings
 from effad_lib.viewer import of_run, open_viewer
@@ -158,3 +159,40 @@ def counting(tmp_path):
         return {"settings": SweepSettings(**values), "notebooks": folder}
 
     return write
+
+
+@pytest.fixture(scope="session")
+def normals(tmp_path_factory):
+    """Six good images of 96×120 pixels: parts of one photograph."""
+    folder = tmp_path_factory.mktemp("normals")
+    coffee = next(path for path in packaged_photographs() if path.stem == "coffee")
+    with Image.open(coffee) as photograph:
+        for index in range(6):
+            photograph.crop((40 * index, 30 * index, 40 * index + 120, 30 * index + 96)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, normals):
+    """A function that makes a calibrated detector with random weights of 8 channels; returns it and its file."""
+    made = {}
+
+    def make(size="XS", image_size=(64, 64), padding=False):
+        key = (size, image_size, padding)
+        if key not in made:
+            torch.manual_seed(0)
+            detector = EfficientAD(size, 8, padding, image_size)
+            calibrate(detector, load_images(find_images(normals), image_size))
+            folder = tmp_path_factory.mktemp("trained")
+            made[key] = detector, detector.save(folder / "model.safetensors", {"data": "photograph"})
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def any_size(trained, normals, tmp_path_factory):
+    """An export that takes images of any size, with its model."""
+    detector, file = trained("XS", (64, 96))
+    path = tmp_path_factory.mktemp("any") / "m.onnx"
+    return detector, export(file, ExportSettings(any_size=True, compare=2), normals=normals, out=path)[0]

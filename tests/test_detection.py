@@ -226,8 +226,16 @@ def test_a_name_that_is_too_long_for_results_is_left_out_and_the_rest_done(small
     assert f"left out: {table['error'][long]}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [RunError("the share is gone"), SettingsError("diverged")], ids=str)
-def test_an_error_that_stops_it_keeps_the_scores_so_far(small_detector, picture, tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RunError("the share is gone"), "the share is gone"),
+        (SettingsError("diverged"), "diverged"),
+        (KeyboardInterrupt(), "2 of 3 images are done"),
+    ],
+    ids=["RunError", "SettingsError", "Ctrl-C"],
+)
+def test_what_stops_it_keeps_the_scores_so_far(small_detector, picture, tmp_path, monkeypatch, error, says):
     for index in range(3):
         picture(tmp_path / "images" / f"{index}.png", seed=index)
     done = detection.detect_one
@@ -238,24 +246,7 @@ def test_an_error_that_stops_it_keeps_the_scores_so_far(small_detector, picture,
         return done(detector, path, *rest)
 
     monkeypatch.setattr(detection, "detect_one", failing)
-    with pytest.raises(type(error), match=str(error)):
-        detect(small_detector, tmp_path / "images", tmp_path / "out")
-    with open(tmp_path / "out" / "scores.csv", newline="") as file:
-        assert [row["file"] for row in csv.DictReader(file)] == ["0.png", "1.png"]
-
-
-def test_ctrl_c_keeps_the_scores_so_far(small_detector, picture, tmp_path, monkeypatch):
-    for index in range(3):
-        picture(tmp_path / "images" / f"{index}.png", seed=index)
-    done = detection.detect_one
-
-    def interrupted(detector, path, *rest):
-        if path.name == "2.png":
-            raise KeyboardInterrupt
-        return done(detector, path, *rest)
-
-    monkeypatch.setattr(detection, "detect_one", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="2 of 3 images are done"):
+    with pytest.raises(type(error), match=says):
         detect(small_detector, tmp_path / "images", tmp_path / "out")
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
         assert [row["file"] for row in csv.DictReader(file)] == ["0.png", "1.png"]

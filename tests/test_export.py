@@ -1,10 +1,7 @@
 """Exports: the same maps and scores as the model in torch, whole files or none, errors before the work."""
 
 import copy
-import hashlib
 import json
-import subprocess
-import sys
 
 import numpy as np
 import onnx
@@ -15,47 +12,16 @@ from PIL import Image
 from torch.nn import functional
 from trust import files
 
-from effad_lib import engines
 from effad_lib import export as exporting
-from effad_lib.calibration import calibrate, rank
-from effad_lib.cli import main
+from effad_lib.calibration import rank
 from effad_lib.detection import detect
 from effad_lib.detector import EfficientAD
 from effad_lib.engines import CARD, OUTPUTS, load_exported
 from effad_lib.export import ExportError, ExportSettings, export, resize
 from effad_lib.export import normals as good_images
-from effad_lib.images import find_images, load_images, packaged_photographs, read_image
-from effad_lib.runs import PROJECT, Run, RunError, write_bytes
+from effad_lib.images import find_images, load_images, read_image
+from effad_lib.runs import PROJECT, RunError, write_bytes
 from effad_lib.settings import SettingsError
-
-
-@pytest.fixture(scope="module")
-def normals(tmp_path_factory):
-    """Six good images of 96×120 pixels: parts of one photograph."""
-    folder = tmp_path_factory.mktemp("normals")
-    coffee = next(path for path in packaged_photographs() if path.stem == "coffee")
-    with Image.open(coffee) as photograph:
-        for index in range(6):
-            photograph.crop((40 * index, 30 * index, 40 * index + 120, 30 * index + 96)).save(folder / f"{index}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, normals):
-    """A function that makes a calibrated detector with random weights of 8 channels; returns it and its file."""
-    made = {}
-
-    def make(size="XS", image_size=(64, 64), padding=False):
-        key = (size, image_size, padding)
-        if key not in made:
-            torch.manual_seed(0)
-            detector = EfficientAD(size, 8, padding, image_size)
-            calibrate(detector, load_images(find_images(normals), image_size))
-            folder = tmp_path_factory.mktemp("trained")
-            made[key] = detector, detector.save(folder / "model.safetensors", {"data": "photograph"})
-        return made[key]
-
-    return make
 
 
 def noise(count, height, width, seed=0):
@@ -103,14 +69,6 @@ def test_an_export_finds_what_the_model_finds(trained, normals, tmp_path, size, 
     assert {key: exported.card[key] for key in detector.card} == detector.card
 
 
-@pytest.fixture(scope="module")
-def any_size(trained, normals, tmp_path_factory):
-    """An export that takes images of any size, with its model."""
-    detector, file = trained("XS", (64, 96))
-    path = tmp_path_factory.mktemp("any") / "m.onnx"
-    return detector, export(file, ExportSettings(any_size=True, compare=2), normals=normals, out=path)[0]
-
-
 def test_any_size_is_resized_inside_as_pillow_does_it_outside(any_size, normals):
     detector, path = any_size
     exported = load_exported(path, "cpu")
@@ -143,7 +101,7 @@ def test_resizing_is_pillows_to_one_colour_value():
 
 @pytest.mark.filterwarnings("ignore:INT8 is calibrated on 6 good images alone. Give 10 or more, --normals FOLDER")
 @pytest.mark.parametrize(
-    ("to", "size", "image_size"), [("onnx", "S", (64, 96)), ("openvino", "S", (96, 64)), ("openvino", "XS", (64, 64))]
+    ("to", "size", "image_size"), [("onnx", "S", (64, 96)), ("openvino", "S", (96, 64)), ("openvino", "XS", (128, 128))]
 )
 def test_half_and_eight_bits_are_near(trained, normals, tmp_path, to, size, image_size):
     detector, file = trained(size, image_size)
@@ -155,8 +113,7 @@ def test_half_and_eight_bits_are_near(trained, normals, tmp_path, to, size, imag
         exported = load_exported(path, "cpu")
         assert exported.card["export"]["precision"] == precision
         score = detector.inspect(images).score
-        # Some of them are close to zero: what is near is measured by the largest.
-        np.testing.assert_allclose(exported.inspect(images).score, score, atol=found.tolerance.score * abs(score).max())
+        np.testing.assert_allclose(exported.inspect(images).score, score, rtol=found.tolerance.score)
         assert found.differences["score"][0] > 0  # these are other numbers, not float32 under another name
         assert (exported.threshold == detector.threshold) == (precision == "float16")
         sizes[precision] = (path if to == "onnx" else path.with_suffix(".bin")).stat().st_size
@@ -332,7 +289,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(trained, norm
     (tmp_path / "file").write_text("")
     (tmp_path / "taken.onnx").mkdir()
     for place, why in (("file/m.onnx", "Not a directory"), ("taken.onnx", "Is a directory")):
-        with pytest.raises(RunError, match=rf"cannot write .*{place}: {why} .*Choose another place"):
+        with pytest.raises(RunError, match=rf"cannot write .*{place}: {why}.* Choose another folder"):
             export(trained()[1], ExportSettings(), normals=normals, out=tmp_path / place)
 
 
@@ -348,116 +305,6 @@ def test_no_export_takes_the_place_of_another():
         "model_float32.xml",
         "model_int8_batch1_opset19.onnx",
     ]
-
-
-# --- the command line and a machine without torch -------------------------------------------------------------------
-
-BLOCK = """
-import sys
-class Blocked:
-    def find_spec(self, name, *_):
-        if name.partition(".")[0] in {blocked}:
-            raise ImportError(f"{{name}} is not installed here")
-sys.meta_path.insert(0, Blocked())
-from effad_lib.cli import main
-code = main(sys.argv[1:])
-print(sorted({blocked} & sys.modules.keys()))
-sys.exit(code)
-"""
-
-
-def without(packages, *arguments):
-    """Run the command line in a Python where these packages cannot be imported."""
-    script = BLOCK.format(blocked=set(packages))
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-
-
-NO_TORCH = ("torch", "torchvision", "safetensors", "onnx", "onnxscript", "nncf")
-NEVER = ("scipy", "sklearn", "skimage", "tensorboard", "papermill", "nbformat")
-"""What the library needs elsewhere, and a machine that inspects does not."""
-
-
-@pytest.mark.parametrize(("to", "other"), [("onnx", "openvino"), ("openvino", "onnxruntime")])
-def test_a_run_is_exported_and_detects_without_torch(evaluated_run, tmp_path, capsys, to, other):
-    ending = "onnx" if to == "onnx" else "xml"
-    out = tmp_path / f"m.{ending}"
-    assert main(["export", str(evaluated_run), "--to", to, "--compare", "2", "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "decisions that flip" in said and f"effad detect {out}" in said
-    images = evaluated_run.parent / "data" / "test"
-    answer = without(
-        [*NO_TORCH, *NEVER, other], "detect", out, images, "--out", tmp_path / "theirs", "--save-maps", "--save-masks"
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.splitlines()[-1] == "[]"
-    main(["detect", str(Run(evaluated_run).model), str(images), "--out", str(tmp_path / "ours"), "--save-maps"])
-    for path in sorted((tmp_path / "ours" / "maps").rglob("*.npy")):
-        theirs = np.load(tmp_path / "theirs" / path.relative_to(tmp_path / "ours"), allow_pickle=False)
-        np.testing.assert_allclose(theirs, np.load(path, allow_pickle=False), rtol=1e-3, atol=1e-4)
-    ours, theirs = ((tmp_path / who / "scores.csv").read_text().splitlines() for who in ("ours", "theirs"))
-    assert [line.split(",")[0] for line in ours] == [line.split(",")[0] for line in theirs] and len(ours) == 7
-    assert (tmp_path / "theirs" / "heatmaps" / "dent" / "0.png.png").is_file()
-
-
-def test_without_heatmaps_no_matplotlib_is_needed(any_size, picture, tmp_path):
-    packages = [*NO_TORCH, *NEVER, "openvino", "matplotlib", "seaborn"]
-    picture(tmp_path / "in" / "a.png")
-    arguments = ["detect", any_size[1], tmp_path / "in", "--out", tmp_path / "out", "--threads", 1]
-    answer = without(packages, *arguments)
-    assert answer.returncode == 2 and "heatmaps need matplotlib and seaborn" in answer.stderr
-    assert "--heatmaps none goes without." in answer.stderr and not (tmp_path / "out").exists()
-    answer = without(packages, *arguments, "--heatmaps", "none")
-    assert answer.returncode == 0 and answer.stdout.splitlines()[-1] == "[]", answer.stderr
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scores.csv"]
-
-
-def test_an_export_is_known_by_its_files(any_size, tmp_path):
-    path = tmp_path / "m.onnx"
-    path.write_bytes(any_size[1].read_bytes())
-    found = {load_exported(one, "cpu").identity for one in (path, any_size[1])}
-    assert found == {hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
-def test_an_openvino_export_is_known_by_its_weights_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(engines.OpenVinoDetector, "__init__", lambda self, path: setattr(self, "path", path))
-    (tmp_path / "m.xml").write_bytes(b"graph")
-    found = set()
-    for weights in (b"one", b"two", b"one"):
-        (tmp_path / "m.bin").write_bytes(weights)
-        found.add(engines.OpenVinoDetector(tmp_path / "m.xml").identity)
-    assert len(found) == 2
-
-
-def test_what_is_missing_on_a_machine_is_named(any_size, model, picture, tmp_path):
-    path = picture(tmp_path / "a.png")
-    answer = without([*NO_TORCH, "onnxruntime"], "detect", any_size[1], path)
-    assert answer.returncode == 2 and 'needs onnxruntime: pip install "effad[export]"' in answer.stderr
-    answer = without(NO_TORCH, "detect", model, path)
-    assert answer.returncode == 2 and "needs torch, which is not installed" in answer.stderr
-    assert "Traceback" not in answer.stderr
-
-
-# --- what an exported file refuses ----------------------------------------------------------------------------------
-
-
-def test_files_that_are_no_exports_are_named(tmp_path, any_size):
-    with pytest.raises(SettingsError, match="no such file"):
-        load_exported(tmp_path / "m.onnx")
-    (tmp_path / "m.onnx").write_bytes(b"nothing of the kind")
-    with pytest.raises(SettingsError, match="not a whole effad export"):
-        load_exported(tmp_path / "m.onnx")
-    (tmp_path / "m.xml").write_text("<net/>")
-    (tmp_path / "m.bin").write_bytes(b"")
-    with pytest.raises(SettingsError, match="not a whole effad export"):
-        load_exported(tmp_path / "m.xml")
-    bare = onnx.load(any_size[1])
-    del bare.metadata_props[:]
-    onnx.save(bare, tmp_path / "bare.onnx")
-    with pytest.raises(SettingsError, match="not a whole effad export"):
-        load_exported(tmp_path / "bare.onnx")
-    with pytest.raises(SettingsError, match=r"device = 'tpu': not available to this runtime. Use 'auto' or: cpu"):
-        load_exported(any_size[1], "tpu")
 
 
 def test_images_of_another_size_than_a_fixed_export_are_named(trained, normals, tmp_path):

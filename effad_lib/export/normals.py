@@ -84,12 +84,11 @@ def own_thresholds(exported: Exported, detector: EfficientAD, files: Sequence[Pa
         return "the model"
     if tiled:
         measure_tiled_normals(exported, files, rule["tile_overlap"], source=source)
-        choose_thresholds(exported, rule["false_alarm_rate"], rule["confidence"])
-        return f"its own scores of {len(files)} good images in tiles"
-    step = exported.batch or 8 if exported.input_size else 1  # images of any size are no batch
-    starts = progress(range(0, len(files), step), desc="scoring good images", unit="batch", leave=False)
-    parts = (files[start : start + step] for start in starts)
-    batches = (np.stack(read_normals(part, exported.input_size, exported.levels)) for part in parts)
-    measure_normals(exported, batches, source=source, names=files)
+    else:
+        step = exported.batch or 8 if exported.input_size else 1  # images of any size are no batch
+        starts = progress(range(0, len(files), step), desc="scoring good images", unit="batch", leave=False)
+        parts = (files[start : start + step] for start in starts)
+        batches = (np.stack(read_normals(part, exported.input_size, exported.levels)) for part in parts)
+        measure_normals(exported, batches, source=source, names=files)
     choose_thresholds(exported, rule["false_alarm_rate"], rule["confidence"])
-    return f"its own scores of {len(files)} good images"
+    return f"its own scores of {len(files)} good images{' in tiles' * tiled}"
