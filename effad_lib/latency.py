@@ -241,7 +241,10 @@ def peak(device: str | torch.device = "cpu", threads: int = 0, *, side: int = 20
     if kind == "cpu":
         session, given = _matrix_product(side, threads), {"one": one.numpy(), "other": other.numpy()}
         products.append(lambda: session.run(None, given))
-    took = [_timed(product) for _ in range(1 + repeats) for product in products]
+    took = []
+    for product in (1 + repeats) * products:
+        time.sleep(PAUSE)
+        took.append(_timed(product))
     return 2 * side**3 / min(took)
 
 

@@ -60,8 +60,8 @@ def kept_memory() -> Iterator[None]:
 def keep_memory() -> None:
     """Let the C library keep large blocks that are freed, for as long as the process lives."""
     if libc := _glibc():
-        libc.mallopt(MMAP_THRESHOLD, 2**30)
-        libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(MMAP_THRESHOLD, 2**31 - 1)
+        libc.mallopt(TRIM_THRESHOLD, -1)  # never: a step of S at 1024×1024 frees and takes more than any int could say
 
 
 def _glibc() -> ctypes.CDLL | None:
