@@ -14,12 +14,13 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 from PIL import Image
+from tqdm import tqdm
 
 from effad_lib.engines import RUNTIMES, Inspection, Inspector, check_threads, load_exported
 from effad_lib.memory import kept_memory
 from effad_lib.progress import progress
 from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
-from effad_lib.runs import LongNameError, RunError, write_bytes, write_csv
+from effad_lib.runs import LongNameError, RunError, finish_step_on_interrupt, write_bytes, write_csv
 from effad_lib.settings import SettingsError, nearest
 from effad_lib.tiling import check_overlap, check_threshold, inspect_tiles
 
@@ -109,7 +110,8 @@ def detect(
     out.
     `masks` is a folder with `a/b_mask.png` or `a/b.png`, or for a single image its mask. Images are brought to the
     model's size, whatever their own; with `tile_overlap` they are cut into tiles that overlap by so many pixels, see
-    `inspect_tiles`. One image is in memory at a time. Whatever stops it, `scores.csv` holds what was done.
+    `inspect_tiles`. One image is in memory at a time. Ctrl-C and SIGTERM let it finish its image; whatever stops it,
+    `scores.csv` holds what was done.
 
     Raises `ImageError` if there is no image, `SettingsError` for a model without threshold, for one with broken maps,
     for `save_masks` without pixel threshold and for tiles that the model cannot take, `RunError` if nothing can be
@@ -124,24 +126,26 @@ def detect(
     truths = pair_masks(masks, list(found))
     rows = []
     try:
-        bar = progress(found.items(), desc="detecting", unit="image")
-        with kept_memory():
-            for name, path in bar:
-                try:
-                    score, marked = detect_one(detector, path, name, out, truths.get(name), wanted)
-                except ImageError as error:
-                    bar.write(f"left out: {error}", file=sys.stderr)
-                    rows.append((name.as_posix(), None, detector.threshold, "", None, str(error)))
-                    continue
-                rows.append((name.as_posix(), score, detector.threshold, decision(detector, score), marked, ""))
-    except KeyboardInterrupt:
-        write_table(rows, out)
-        raise KeyboardInterrupt(f"stopped: {len(rows)} of {len(found)} images are done, see {out}") from None
-    except (RunError, SettingsError):
+        with kept_memory(), finish_step_on_interrupt() as interrupted:
+            for name, path in progress(found.items(), desc="detecting", unit="image"):
+                if interrupted():
+                    raise KeyboardInterrupt(f"stopped: {len(rows)} of {len(found)} images are done, see {out}")
+                rows.append(_row(detector, path, name, out, truths.get(name), wanted))
+    except (KeyboardInterrupt, RunError, SettingsError):
         with contextlib.suppress(RunError):
             write_table(rows, out)
         raise
     return write_table(rows, out)
+
+
+def _row(detector: Inspector, path: Path, name: Path, out: Path, truth: Path | None, wanted: Wanted) -> tuple:
+    """Return an image's row of `scores.csv`; what keeps it from being judged is said and stands in it."""
+    try:
+        score, marked = detect_one(detector, path, name, out, truth, wanted)
+    except ImageError as error:
+        tqdm.write(f"left out: {error}", file=sys.stderr)
+        return name.as_posix(), None, detector.threshold, "", None, str(error)
+    return name.as_posix(), score, detector.threshold, decision(detector, score), marked, ""
 
 
 def _listed(images: Path, out: Path) -> dict[Path, Path]:

@@ -5,6 +5,7 @@ import csv
 import errno
 import os
 import re
+import signal
 import warnings
 
 import numpy as np
@@ -231,9 +232,9 @@ def test_a_name_that_is_too_long_for_results_is_left_out_and_the_rest_done(small
     [
         (RunError("the share is gone"), "the share is gone"),
         (SettingsError("diverged"), "diverged"),
-        (KeyboardInterrupt(), "2 of 3 images are done"),
+        (KeyboardInterrupt("at once"), "at once"),  # outside the main thread, where signals cannot wait
     ],
-    ids=["RunError", "SettingsError", "Ctrl-C"],
+    ids=["RunError", "SettingsError", "KeyboardInterrupt"],
 )
 def test_what_stops_it_keeps_the_scores_so_far(small_detector, picture, tmp_path, monkeypatch, error, says):
     for index in range(3):
@@ -248,6 +249,25 @@ def test_what_stops_it_keeps_the_scores_so_far(small_detector, picture, tmp_path
     monkeypatch.setattr(detection, "detect_one", failing)
     with pytest.raises(type(error), match=says):
         detect(small_detector, tmp_path / "images", tmp_path / "out")
+    with open(tmp_path / "out" / "scores.csv", newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["0.png", "1.png"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_it_finish_its_image(small_detector, picture, tmp_path, monkeypatch, number):
+    for index in range(3):
+        picture(tmp_path / "images" / f"{index}.png", seed=index)
+    done = detection.detect_one
+
+    def signalled(detector, path, *rest):
+        if path.name == "1.png":
+            os.kill(os.getpid(), number)
+        return done(detector, path, *rest)
+
+    monkeypatch.setattr(detection, "detect_one", signalled)
+    with pytest.raises(KeyboardInterrupt, match="2 of 3 images are done"):
+        detect(small_detector, tmp_path / "images", tmp_path / "out")
+    assert files(tmp_path / "out") == ["heatmaps/0.png.png", "heatmaps/1.png.png", "scores.csv"]
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
         assert [row["file"] for row in csv.DictReader(file)] == ["0.png", "1.png"]
 
