@@ -82,8 +82,8 @@ def inspect_tiles(detector: Inspector, image: np.ndarray, overlap: int) -> Inspe
             share = down[:, None] * _fade(x, tile[1], size[1], overlap)
             total[:, *window] += np.stack(maps) * share
             weight[window] += share
-    maps = total / weight
-    return Inspection(*maps[:, None], maps[0].max(keepdims=True)[0])
+    total /= weight
+    return Inspection(*total[:, None], total[0].max(keepdims=True)[0])
 
 
 def places(length: int, tile: int, overlap: int) -> Iterator[int]:
