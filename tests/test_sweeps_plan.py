@@ -206,6 +206,7 @@ SHIPPED = {
     "ablations": 15 * 4 * 5,
     "severity": 20,
     "sizes": 20,
+    "screw": 9,
     "quick": 4,
 }
 
