@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,10 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm import tqdm
 
 from effad_lib.engines import RUNTIMES, Inspection, Inspector, check_threads, load_exported
 from effad_lib.memory import kept_memory
-from effad_lib.progress import progress
+from effad_lib.progress import progress, say
 from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
 from effad_lib.runs import LongNameError, RunError, finish_step_on_interrupt, write_bytes, write_csv
 from effad_lib.settings import SettingsError, nearest
@@ -143,7 +141,7 @@ def _row(detector: Inspector, path: Path, name: Path, out: Path, truth: Path | N
     try:
         score, marked = detect_one(detector, path, name, out, truth, wanted)
     except ImageError as error:
-        tqdm.write(f"left out: {error}", file=sys.stderr)
+        say(f"left out: {error}")
         return name.as_posix(), None, detector.threshold, "", None, str(error)
     return name.as_posix(), score, detector.threshold, decision(detector, score), marked, ""
 

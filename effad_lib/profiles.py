@@ -12,6 +12,7 @@ from typing import Any
 from effad_lib import __version__
 from effad_lib.consent import check_named
 from effad_lib.datasets import load_dataset
+from effad_lib.datasets.synthetic import place_of
 from effad_lib.distillation import DistillationSettings, load_teacher
 from effad_lib.documents import DocumentError, read_yaml
 from effad_lib.evaluation import EvaluationSettings
@@ -20,7 +21,7 @@ from effad_lib.latency import LatencySettings
 from effad_lib.published import PUBLISHED_DATA
 from effad_lib.runs import PROJECT, Run, from_project, resolve
 from effad_lib.settings import Settings, nearest
-from effad_lib.synthesis import SynthesisSettings
+from effad_lib.synthesis import MANIFEST, SynthesisSettings
 from effad_lib.training import TrainingSettings
 from effad_lib.viewer import ViewerSettings
 
@@ -39,6 +40,9 @@ SETTINGS: dict[str, type[Settings]] = {
 }
 """Notebooks whose parameters are the fields of settings, or some of them: their values are checked beforehand."""
 
+
+WRITTEN = {"01_data_synthesis": ("data_root",), "06_sweeps": ("runs",)}
+"""Parameters that name a folder in which a notebook writes, beside its run folder."""
 
 FOLDER = r"\w[\w.-]*"
 """The name of a run folder."""
@@ -173,6 +177,7 @@ def make_step(notebook: str, folder: Path, given: dict[str, Any], *, runs: Path,
     if "run_folder" in defaults:
         given["run_folder"] = from_project(folder)
     settings = _typed(defaults, given)
+    _check_places(notebook, settings.as_dict(), runs)
     if isinstance(dataset := settings.as_dict().get("dataset"), str):
         check_named(dataset)
     if notebook in SETTINGS:
@@ -181,6 +186,24 @@ def make_step(notebook: str, folder: Path, given: dict[str, Any], *, runs: Path,
         checked = SETTINGS[notebook].from_mapping(values)
         settings = checked if notebook in (TRAINING, DISTILLATION) else settings
     return Step(source, folder, given, settings)
+
+
+def _check_places(notebook: str, values: dict[str, Any], runs: Path) -> None:
+    """Raise `ProfileError` for a folder to write in that is neither below `runs` nor the project's own for that.
+
+    A sweep may come from anybody, and is no way to render over, or to delete, what lies elsewhere.
+    """
+    names = WRITTEN.get(notebook, ())
+    if values.get("dataset") == "synthetic":
+        known = (place_of(values["data_root"], values["category"]) / MANIFEST).is_file()  # then it is only read
+        names += () if known else ("data_root",)
+    for name in names:
+        place, own = resolve(values[name] or "data/synthetic"), [runs, PROJECT / "data", PROJECT / "runs"]
+        if not any(place.is_relative_to(resolve(folder)) for folder in own):
+            raise ProfileError(
+                f"{name} = {values[name]!r}: {notebook} may write there, which a file may only ask for in {{runs}}, or "
+                f"in data or runs of the project. Execute that notebook with papermill for a folder of your own."
+            )
 
 
 def notebook_parameters(notebook: str | Path) -> dict[str, Any]:

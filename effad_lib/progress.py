@@ -1,5 +1,6 @@
 """How far long work has come: one bar, in a terminal as in a notebook."""
 
+import sys
 from functools import partial
 
 from tqdm.auto import tqdm
@@ -9,3 +10,8 @@ progress = partial(tqdm, mininterval=1.0)
 
 Jupyter drops messages that nobody has read after some thousands of them, and with them the one that a cell has ended.
 """
+
+
+def say(text: str) -> None:
+    """Print a line as an error, above the bars that are being drawn."""
+    tqdm.write(text, file=sys.stderr)

@@ -161,6 +161,14 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def check_links(folder: Path) -> None:
+    """Raise `RunError` for a folder in `folder` that is a link to elsewhere, where whoever sent it lets us write."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink() and entry.is_dir() and not resolve(entry.path).is_relative_to(folder.resolve()):
+                raise RunError(f"{entry.path} is a link that leads out of its folder. Put the files themselves there.")
+
+
 # --- the run folder -------------------------------------------------------------------------------------------------
 
 
@@ -168,10 +176,13 @@ class Run:
     """A run folder: `parameters.yaml`, `sources.json`, `provenance.json`, `model.safetensors`, `checkpoints/`, `maps/`,
     `figures/`, `tensorboard/` and `metrics.json`, which is written last: a run that has it is done, any other can be
     resumed.
+
+    Raises `RunError` as `check_links`.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = resolve(folder)
+        check_links(self.folder)
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, {'done' if self.done else 'open'})"

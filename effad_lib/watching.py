@@ -18,7 +18,7 @@ from effad_lib.engines import Inspector
 from effad_lib.execution.lock import Lock, LockError
 from effad_lib.memory import kept_memory
 from effad_lib.reading import ImageError, image_entries
-from effad_lib.runs import RunError, finish_step_on_interrupt, unwritable, write_json
+from effad_lib.runs import RunError, finish_step_on_interrupt, write_json
 
 PATIENCE = 10.0
 """Seconds for which a file that cannot be read must stay as it is until it counts as broken and not as half written."""
@@ -140,8 +140,6 @@ def _alone(out: Path, made_by: dict[str, Any]) -> Iterator[None]:
         lock.take()
     except LockError as error:
         raise LockError(f"another watch is at work there: {error}") from error
-    except OSError as error:
-        raise unwritable(lock.path, error) from error
     try:
         _check_origin(results, made_by)
         try:

@@ -53,6 +53,15 @@ def test_a_run_is_evaluated_on_its_own_split_and_finished_last(finished):
     assert len(pd.read_csv(finished.folder / "scores.csv")) == len(list((finished.folder / "maps").iterdir())) == 3
 
 
+def test_an_evaluation_that_breaks_off_leaves_no_run_that_counts_as_done(finished, monkeypatch):
+    detector, _, found = evaluate_run(finished.folder, "cpu")
+    finish_run(finished.folder, detector, found)
+    monkeypatch.setattr(type(found), "save", lambda *_: (_ for _ in ()).throw(RunError("the disk is full")))
+    with pytest.raises(RunError, match="disk is full"):
+        finish_run(finished.folder, detector, found)
+    assert not finished.done
+
+
 def test_a_folder_without_training_or_test_images_is_refused(finished, tmp_path):
     with pytest.raises(RunError, match=r"elsewhere is not the folder of a finished training.*effad train"):
         evaluate_run(tmp_path / "elsewhere")

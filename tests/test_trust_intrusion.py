@@ -20,8 +20,10 @@ from trust import command_refused, files, refused
 from effad_lib.cli import main
 from effad_lib.consent import NAMED, allow, check_named
 from effad_lib.datasets import LOADERS, load_dataset
-from effad_lib.evaluation import data_of
+from effad_lib.detector import EfficientAD
+from effad_lib.evaluation import data_of, evaluate
 from effad_lib.execution import process
+from effad_lib.execution.lock import Lock
 from effad_lib.runs import PROJECT, Run
 from effad_lib.sweeps import load_sweep
 from effad_lib.viewer import of_run
@@ -112,6 +114,72 @@ def test_a_sweep_that_names_code_is_not_even_listed(run, capsys, monkeypatch):
     assert not (run / "executed").exists() and not (run.parent / "runs").exists()
     allow(run / "sent.py")
     assert len(load_sweep(str(path), runs=run.parent / "runs").runs) == 1
+
+
+# --- places that a file chooses -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["maps", "figures", "gallery", "checkpoints", "export"])
+@pytest.mark.parametrize("command", ["evaluate", "gallery", "export"])
+def test_a_run_whose_folder_is_a_link_writes_and_deletes_nothing_there(evaluated_run, tmp_path, capsys, name, command):
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    shutil.copytree(evaluated_run, run)
+    shutil.rmtree(run / name, ignore_errors=True)
+    mine.mkdir()
+    (mine / "00009.npz").write_text("years of work")
+    (run / name).symlink_to(mine)
+    command_refused(capsys, [command, run], rf"{name} is a link that leads out of its folder")
+    assert files(mine) == {"00009.npz": b"years of work"}
+
+
+def test_maps_that_are_not_of_an_evaluation_stay(evaluated_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    for name in ("mine.npz", "00099.npz"):
+        (run / "maps" / name).write_text("")
+    evaluate(EfficientAD.load(run / "model.safetensors"), data_of(Run(run)).test).save(run)
+    assert (run / "maps" / "mine.npz").exists() and not (run / "maps" / "00099.npz").exists()
+
+
+@pytest.mark.parametrize("name", ["watch.lock", "run.log"])
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path, name):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / name).symlink_to(tmp_path / "mine.txt")
+    refused(lambda: Lock(tmp_path / name).take(), f"cannot write .*{name}")
+    if name == process.LOG:
+        with pytest.raises(OSError, match=name):
+            process.start({"folder": str(tmp_path)}, {})
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_run_that_was_sent_renders_nothing(evaluated_run, tmp_path, capsys):
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    shutil.copytree(evaluated_run, run)
+    made = yaml.safe_load((run / "parameters.yaml").read_text())
+    made |= {"dataset": "synthetic", "category": "gasket", "data_root": str(mine)}
+    (run / "parameters.yaml").write_text(yaml.safe_dump(made))
+    for command in ("evaluate", "export"):
+        command_refused(capsys, [command, run], rf"no .*manifest.*effad synthesize gasket {mine}")
+    assert not mine.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"notebooks": ["01_data_synthesis"], "parameters": {"data_root": "{mine}", "overwrite": True}},
+        {"notebooks": ["01_data_synthesis"], "parameters": {"data_root": "effad_lib", "overwrite": True}},
+        {"notebooks": ["01_data_synthesis"], "parameters": {"data_root": "{runs}/../../../../mine"}},
+        {"notebooks": ["03_training"], "parameters": {"dataset": "synthetic", "data_root": "{mine}"}},
+        {"notebooks": ["06_sweeps"], "parameters": {"runs": "{mine}", "force": True}},
+    ],
+)
+def test_a_sweep_chooses_no_folder_elsewhere(content, tmp_path, capsys):
+    text = yaml.safe_dump(content).replace("{mine}", str(tmp_path / "mine"))
+    (tmp_path / "sent.yaml").write_text(text)
+    for more in ([], ["--dry-run"]):
+        command = ["sweep", tmp_path / "sent.yaml", "--runs", tmp_path / "runs", *more]
+        command_refused(capsys, command, "(data_root|runs) = .*which a file may only ask for in {runs}")
+    assert not (tmp_path / "mine").exists() and not (tmp_path / "runs").exists()
 
 
 # --- names in pages and tables --------------------------------------------------------------------------------------

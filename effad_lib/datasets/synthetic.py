@@ -10,17 +10,31 @@ from effad_lib.runs import resolve
 from effad_lib.settings import nearest
 
 
+def place_of(root: str | Path | None, category: str) -> Path:
+    """Return the folder of a product, rendered or not, as `load_synthetic` reads it."""
+    from effad_lib import synthesis  # only this data set needs its drawing libraries
+
+    return resolve(root or "data/synthetic") / (category or synthesis.DEFAULT_PRODUCT)
+
+
+def check_rendered(root: str | Path | None, category: str) -> None:
+    """Raise `DatasetError` for a product that is not rendered yet, which a file from anybody may not ask for."""
+    from effad_lib import synthesis
+
+    if not ((folder := place_of(root, category)) / synthesis.MANIFEST).is_file():
+        raise DatasetError(f"no {folder / synthesis.MANIFEST}. Make it: effad synthesize {folder.name} {folder.parent}")
+
+
 @register("synthetic")
 def load_synthetic(root: Path | None, category: str, seed: int, validation_share: float) -> Split:
     """Read a synthetic product in MVTec layout, rendered first if its folder has no `manifest.json` yet.
 
     `category` "photographs" reads those that `effad damage` made.
     """
-    from effad_lib import synthesis  # only this data set needs its drawing libraries
+    from effad_lib import synthesis
 
-    category = category or synthesis.DEFAULT_PRODUCT
-    root = root or resolve("data/synthetic")
-    folder = root / category
+    folder = place_of(root, category)
+    root, category = folder.parent, folder.name
     if not (folder / synthesis.MANIFEST).is_file():
         if category == "photographs":
             raise DatasetError(f"no {folder / synthesis.MANIFEST}. Make it: effad damage YOUR_GOOD_PHOTOGRAPHS {root}")

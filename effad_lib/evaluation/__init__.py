@@ -8,6 +8,7 @@ from typing import Any
 
 from effad_lib.consent import check_named
 from effad_lib.datasets import Split, load_dataset, verify_masks
+from effad_lib.datasets.synthetic import check_rendered
 from effad_lib.detector import EfficientAD
 from effad_lib.evaluation.baselines import blind_scores, brightness_scores, unnormalised_scores
 from effad_lib.evaluation.latency import latency
@@ -21,7 +22,7 @@ from effad_lib.evaluation.result import (
 )
 from effad_lib.evaluation.scoring import evaluate
 from effad_lib.metrics import image_auroc
-from effad_lib.runs import Run, RunError, resolve
+from effad_lib.runs import Run, RunError
 from effad_lib.settings import Settings, pick_device
 from effad_lib.tiling import check_threshold
 
@@ -73,7 +74,7 @@ def data_of(run: Run) -> Split:
     """Find the data set of a finished training again, by the run's `parameters.yaml`; `RunError` if there is none.
 
     Raises `DocumentError` or `SettingsError` for a file that is broken, and `ConsentError` for a data set that is code
-    which the user has not named: a run may come from anybody.
+    which the user has not named: a run may come from anybody. So no product is rendered either, see `check_rendered`.
     """
     parameters = run.folder / "parameters.yaml"
     if not parameters.is_file() or not run.model.is_file():
@@ -83,6 +84,8 @@ def data_of(run: Run) -> Split:
         raise RunError(f"{parameters} has no {missing[0]}: it is not that of a training. Restore it or train anew.")
     told = _Data(**{name: made[name] for name in names}).as_dict()
     check_named(told["dataset"])
+    if told["dataset"] == "synthetic":
+        check_rendered(told["data_root"], told["category"])
     return load_dataset(told.pop("dataset"), root=told.pop("data_root"), **told)
 
 
@@ -113,12 +116,17 @@ def evaluate_run(
 def finish_run(run_folder: str | Path, detector: EfficientAD, found: Evaluation) -> dict[str, Any]:
     """Write `scores.csv`, the maps and, last, `metrics.json` into a run; return what the latter holds.
 
+    An earlier `metrics.json` goes first: killed in between, the run is not done, and nobody takes two evaluations for
+    one.
+
     Keys: data, the metrics, the image AU-ROC without map quantiles (`image_auroc_unnormalised`, the paper's first
     ablation), the latency, and of the training its seconds, its steps and the size of the networks.
     """
-    found.save(resolve(run_folder))
+    run = Run(run_folder)
+    (run.folder / "metrics.json").unlink(missing_ok=True)
+    found.save(run.folder)
     card = {name: detector.card.get(name) for name in ("data", "seconds", "steps", "size")}
     plain = {"image_auroc_unnormalised": image_auroc(unnormalised_scores(detector, found), found.labels)}
     result = {"data": card.pop("data"), **found.metrics(), **plain, **latency(detector), **card}
-    Run(run_folder).finish(result)
+    run.finish(result)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -270,7 +271,8 @@ class Evaluation:
         for index in range(len(self.samples)):
             write_bytes(_map_file(folder, index), self._packed_maps(index))
         for stale in set((folder / "maps").glob("*.npz")) - {_map_file(folder, i) for i in range(len(self.samples))}:
-            stale.unlink()
+            if re.fullmatch(r"\d{5,}", stale.stem):  # others are not of an evaluation
+                stale.unlink()
         write_csv(folder / "scores.csv", self.table())
 
     def table(self) -> pd.DataFrame:

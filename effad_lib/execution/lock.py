@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from effad_lib.runs import RunError
+from effad_lib.runs import RunError, unwritable
 
 HEARTBEAT, STALE = 10.0, 120.0
 """Seconds between signs of life, and after how many without one an owner on another machine counts as dead.
@@ -107,10 +107,16 @@ class Lock:
         return self.age < STALE and (owner := self.owner) is not None and owner.is_alive
 
     def take(self, wait: float = 0.0) -> Self:
-        """Take the lock, waiting for it up to so many seconds; raise `LockError` if somebody else still holds it."""
+        """Take the lock, waiting for it up to so many seconds; raise `LockError` if somebody else still holds it, and
+        `RunError` if it cannot be written."""
         if self.descriptor is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                # No link is followed: the file that it leads to is not ours to write.
+                flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+                self.descriptor = os.open(self.path, flags, 0o644)
+            except OSError as error:
+                raise unwritable(self.path, error) from error
         until = time.monotonic() + wait
         while not self._try():
             if time.monotonic() >= until:

@@ -61,6 +61,11 @@ def tasks_of(told: Mapping[str, Any]) -> list[Task]:
 # --- in the process that started it ---------------------------------------------------------------------------------
 
 
+def _no_link(path: str, flags: int) -> int:
+    """Open a file, but none that a link leads to: that is not ours to write."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def start(told: Mapping[str, Any], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start the process of a run; it stops by itself when the one that started it dies.
 
@@ -69,7 +74,7 @@ def start(told: Mapping[str, Any], environment: Mapping[str, str]) -> subprocess
     """
     folder = resolve(told["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOG, "ab") as log:
+    with open(folder / LOG, "ab", opener=_no_link) as log:
         # In a process group of its own: Ctrl-C goes to the sweep alone, which then stops its runs one by one.
         return subprocess.Popen(
             [sys.executable, "-m", "effad_lib.execution", json.dumps(told)],

@@ -15,7 +15,7 @@ from PIL import Image
 from effad_lib.images import ImageError
 from effad_lib.plots import BARE, WIDTH, as_png, plain
 from effad_lib.progress import progress
-from effad_lib.runs import RunError, write_bytes, write_text
+from effad_lib.runs import RunError, check_links, write_bytes, write_text
 from effad_lib.viewer.drawings import colour_bar, histogram
 from effad_lib.viewer.findings import Findings, Picture
 from effad_lib.viewer.rendering import Layers, encoded, panel
@@ -136,6 +136,7 @@ def write_gallery(findings: Findings, folder: str | Path) -> Path:
 
 def _claim(folder: Path) -> None:
     """Raise `RunError` if a folder holds what is no gallery; else mark it as one, before any picture is in it."""
+    check_links(folder)
     page = folder / "index.html"
     ours = page.is_file() and GENERATOR in page.read_text(encoding="utf-8", errors="replace")[:1000]
     if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
