@@ -15,10 +15,10 @@ import pandas as pd
 from PIL import Image
 
 from effad_lib.engines import RUNTIMES, Inspection, Inspector, check_threads, load_exported
-from effad_lib.memory import kept_memory
+from effad_lib.memory import kept_memory, ran_out
 from effad_lib.progress import progress, say
 from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
-from effad_lib.runs import LongNameError, RunError, finish_step_on_interrupt, write_bytes, write_csv
+from effad_lib.runs import LongNameError, RunError, check_writable, finish_step_on_interrupt, write_bytes, write_csv
 from effad_lib.settings import SettingsError, nearest
 from effad_lib.tiling import check_overlap, check_threshold, inspect_tiles
 
@@ -120,6 +120,7 @@ def detect(
     out = Path(out)
     if (out / WATCH_LOCK).exists():
         raise RunError(f"{out} holds the results of a watched folder. Choose another folder for these.")
+    check_writable(out / "scores.csv")
     found = _listed(Path(images), out)
     truths = pair_masks(masks, list(found))
     rows = []
@@ -129,7 +130,7 @@ def detect(
                 if interrupted():
                     raise KeyboardInterrupt(f"stopped: {len(rows)} of {len(found)} images are done, see {out}")
                 rows.append(_row(detector, path, name, out, truths.get(name), wanted))
-    except (KeyboardInterrupt, RunError, SettingsError):
+    except BaseException:
         with contextlib.suppress(RunError):
             write_table(rows, out)
         raise
@@ -196,9 +197,14 @@ def detect_one(
     mask = None if truth is None else read_mask(truth, image.shape[1:])
     try:
         found = inspect_one(detector, image, wanted.tile_overlap)
+        heat, score = resize_map(found.combined[0], image.shape[1:]), float(found.score[0])
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from None
-    heat, score = resize_map(found.combined[0], image.shape[1:]), float(found.score[0])
+    except Exception as error:  # each runtime has classes of its own
+        if not ran_out(error):
+            raise
+        size = "{}×{}".format(*image.shape[1:])
+        raise ImageError(f"{path}: not enough memory for {size} pixels. Cut it into several images.") from error
     if not np.isfinite(heat).all():
         raise SettingsError(f"the map of {path} is not finite: this model's training has diverged. Train it again.")
     if wanted.save_maps:

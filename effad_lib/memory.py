@@ -19,6 +19,11 @@ class OutOfMemory(RuntimeError):
     """Raised when work takes more memory than the machine or its accelerator gives; says what to make smaller."""
 
 
+def ran_out(error: Exception) -> bool:
+    """Whether an error says that there is no memory left; torch and the runtimes have none of their own kind for it."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory|enough memory", str(error)))
+
+
 @contextmanager
 def enough_memory(work: object, settings: Mapping[str, object]) -> Iterator[None]:
     """Turn running out of memory inside the `with` into `OutOfMemory`, which names `settings` and their values.
@@ -27,11 +32,10 @@ def enough_memory(work: object, settings: Mapping[str, object]) -> Iterator[None
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch raises the latter
-        reason = str(error)
-        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", reason)):
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
             raise
-        asked = re.search(r"allocate (\d[\d.]* ?[KMGTPE]?i?B(?:ytes)?)", reason, re.IGNORECASE)
+        asked = re.search(r"allocate (\d[\d.]* ?[KMGTPE]?i?B(?:ytes)?)", str(error), re.IGNORECASE)
         given = ", ".join(f"{name} = {value}" for name, value in settings.items())
         raise OutOfMemory(
             f"{work}: out of memory{f' for {asked[1]} more' if asked else ''} with {given}. Make one of these smaller, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -53,6 +54,16 @@ SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 class ImageError(ValueError):
     """An image, a mask or a folder of images that cannot be used; the message names the file and the remedy."""
+
+
+class UnreachableError(ImageError):
+    """An image that the system does not let us read: no right to it, a disk or a share that fails; it may be sound."""
+
+
+PASSING = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
+)
+"""Numbers of the system's errors that say nothing of the file itself."""
 
 
 def check_size(size: Sequence[int]) -> Size:
@@ -214,8 +225,11 @@ def _opened(path: str | Path, what: str, modes: tuple[str, ...] = MODES) -> Iter
         raise
     except Image.DecompressionBombError as error:  # with nothing but its text to tell the number by
         raise _too_many(path, f"{int(re.search('[0-9]+', str(error))[0]):,}") from error
+    except MemoryError as error:
+        raise ImageError(f"{path}: not enough memory to read it. Cut it into several images.") from error
     except Exception as error:  # of a broken file Pillow raises whatever its parsing runs into
-        raise ImageError(f"{path}: cannot be read as {what} ({error}). Replace or remove the file.") from error
+        kind = UnreachableError if getattr(error, "errno", None) in PASSING else ImageError
+        raise kind(f"{path}: cannot be read as {what} ({error}). Replace or remove the file.") from error
 
 
 def _too_many(path: str | Path, pixels: str) -> ImageError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 import warnings
@@ -17,8 +18,9 @@ from effad_lib.documents import DocumentError, read_json
 from effad_lib.engines import Inspector
 from effad_lib.execution.lock import Lock, LockError
 from effad_lib.memory import kept_memory
-from effad_lib.reading import ImageError, image_entries
+from effad_lib.reading import ImageError, UnreachableError, image_entries
 from effad_lib.runs import RunError, finish_step_on_interrupt, write_json
+from effad_lib.settings import SettingsError
 
 PATIENCE = 10.0
 """Seconds for which a file that cannot be read must stay as it is until it counts as broken and not as half written."""
@@ -74,10 +76,10 @@ def watch(
     change, and the detector's identity and tiles. What has it is done, now and after a restart; a file that is written
     anew under the same name is another one. A file is read when it has not changed between two looks, `interval`
     seconds apart; one that cannot be read is looked at again until it has been the same for `patience` seconds, and
-    then gets a result with the error. What cannot be looked at, such as a name that is no text or the folder while it
-    is not there, is reported once and tried again. While nothing is new, looks are as far apart as makes them 5 % of
-    the time, 5 seconds at most. At the end `scores.csv` collects all results. Killed at any moment, the folder holds
-    whole results only.
+    then gets a result with the error. What cannot be looked at, such as a name that is no text, a file without rights
+    or the folder while it is not there, is reported once and tried again. While nothing is new, looks are as far apart
+    as makes them 5 % of the time, 5 seconds at most. At the end `scores.csv` collects all results. Killed at any
+    moment, the folder holds whole results only.
 
     Raises `ImageError` if there is no such folder or if it lies in `out`, `LockError` while another watch is at work in
     `out`, `RunError` if that holds other results: of `detect`, of another model or of other tiles; `SettingsError` as
@@ -85,6 +87,8 @@ def watch(
     """
     wanted = wanted or Wanted(heatmaps="defective")
     wanted.check(detector)
+    if not 0 < interval < math.inf:
+        raise SettingsError(f"interval = {interval}: takes a number of seconds above 0.")
     images, out = Path(images), Path(out)
     if not images.is_dir():
         raise ImageError(f"{images}: there is no such folder to watch.")
@@ -118,7 +122,12 @@ def watch(
                 if name not in seen or seen[name][0] != version:
                     seen[name] = version, now
                     continue
-                result = _judge(detector, images, name, out, wanted, now - seen[name][1] >= patience)
+                last = now - seen[name][1] >= patience
+                try:
+                    result = _judge(detector, images, name, out, wanted, last)
+                except UnreachableError as fault:
+                    faults.tell(fault)
+                    continue
                 if result is None:
                     continue
                 write_json(place, result | version._asdict() | made_by)
@@ -213,11 +222,16 @@ def _stored(place: Path) -> Version | None:
 
 
 def _judge(detector: Inspector, images: Path, name: str, out: Path, wanted: Wanted, last: bool) -> dict | None:
-    """Return the result of one image, None if it cannot be read yet; `last` says that it will not get better."""
+    """Return the result of one image, None if it cannot be read yet; `last` says that it will not get better.
+
+    Raises `UnreachableError` for one that the system does not let us read.
+    """
     path = images / name
     result = {"file": name, "score": None, "threshold": detector.threshold, "decision": "", "marked": None}
     try:
         score, marked = detect_one(detector, path, Path(name), out, None, wanted)
+    except UnreachableError:
+        raise
     except ImageError as error:
         return result | {"error": str(error)} if last and os.path.exists(path) else None
     return result | {"score": score, "decision": decision(detector, score), "marked": marked, "error": ""}

@@ -232,9 +232,10 @@ def test_a_name_that_is_too_long_for_results_is_left_out_and_the_rest_done(small
     [
         (RunError("the share is gone"), "the share is gone"),
         (SettingsError("diverged"), "diverged"),
+        (TypeError("a fault of ours"), "a fault of ours"),
         (KeyboardInterrupt("at once"), "at once"),  # outside the main thread, where signals cannot wait
     ],
-    ids=["RunError", "SettingsError", "KeyboardInterrupt"],
+    ids=lambda given: type(given).__name__ if isinstance(given, BaseException) else "",
 )
 def test_what_stops_it_keeps_the_scores_so_far(small_detector, picture, tmp_path, monkeypatch, error, says):
     for index in range(3):
@@ -251,6 +252,31 @@ def test_what_stops_it_keeps_the_scores_so_far(small_detector, picture, tmp_path
         detect(small_detector, tmp_path / "images", tmp_path / "out")
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
         assert [row["file"] for row in csv.DictReader(file)] == ["0.png", "1.png"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: ...")])
+def test_an_image_for_which_memory_is_short_is_left_out_and_the_rest_judged(
+    small_detector, picture, tmp_path, monkeypatch, error
+):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / "images" / name)
+    judged, counts = detection.inspect_one, iter((1, 2))
+
+    def short(*given):
+        if next(counts) == 1:
+            raise error
+        return judged(*given)
+
+    monkeypatch.setattr(detection, "inspect_one", short)
+    table = detect(small_detector, tmp_path / "images", tmp_path / "out").set_index("file")
+    assert "a.png: not enough memory for 80×96 pixels" in table["error"]["a.png"] and table["error"]["b.png"] == ""
+
+
+def test_what_cannot_be_written_is_said_before_any_image_is_judged(small_detector, picture, tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("a file")
+    monkeypatch.setattr(detection, "detect_one", lambda *_: pytest.fail("judged"))
+    with pytest.raises(RunError, match="cannot write"):
+        detect(small_detector, picture(tmp_path / "a.png"), tmp_path / "out", heatmaps="none")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import errno
 import json
 import os
 import shutil
@@ -120,6 +121,25 @@ def test_a_file_that_stays_broken_is_named_and_may_be_replaced(small_detector, p
     picture(path)
     looks(nothing, nothing)
     assert watch(small_detector, path.parent, out, patience=0) == 1 and not results(out)["a.png.json"]["error"]
+
+
+def test_a_file_that_the_system_keeps_back_is_told_once_and_judged_when_it_lets_go(
+    small_detector, picture, tmp_path, looks, monkeypatch
+):
+    opened, kept = reading.Image.open, []
+
+    def refusing(path, **options):
+        if len(kept) < 3:
+            kept.append(path)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, **options)
+
+    picture(tmp_path / "in" / "a.png")
+    monkeypatch.setattr(reading.Image, "open", refusing)
+    looks(*[nothing] * 6)
+    said = []
+    assert watch(small_detector, tmp_path / "in", tmp_path / "out", patience=0, report=said.append) == 1
+    assert len(said) == 2 and "Permission denied" in said[0] and said[1].startswith("a.png: ") and len(kept) == 3
 
 
 def test_files_that_are_taken_away_do_no_harm(small_detector, picture, tmp_path, looks, monkeypatch):

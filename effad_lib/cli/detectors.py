@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +127,22 @@ def detect_options(parser: argparse.ArgumentParser) -> None:
         help="go on until Ctrl-C: each image that comes into the folder is judged once, with a results/<name>.json "
         "written last; started again, it continues",
     )
+    parser.add_argument(
+        "--interval",
+        type=float,
+        metavar="SECONDS",
+        help="of --watch: so long a file must have stayed as it is before it is read (default: 0.5)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps or gpu, by what runs it (default: auto)")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU (default: as many as the runtime likes)")
+
+
+def _print(text: str) -> None:
+    """Print a line at once; if its reader has left, what is watched goes on without one."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def detect(options: argparse.Namespace) -> int:
@@ -137,27 +151,32 @@ def detect(options: argparse.Namespace) -> int:
     from effad_lib import detection
     from effad_lib.reading import ImageError
     from effad_lib.runs import here
+    from effad_lib.settings import SettingsError
 
     detector = detection.open_model(here(options.model), options.device, options.threads)
+    runs_on = f"{getattr(detector, 'runtime', 'torch')} on {detector.device}"
     wanted = {"heatmaps": options.heatmaps or ("defective" if options.watch else "all")}
     wanted |= {name: getattr(options, name) for name in ("save_maps", "save_masks", "tile_overlap")}
     if options.watch:
         from effad_lib import watching
-        from effad_lib.settings import SettingsError
 
         if options.masks:
             raise SettingsError("--masks: of images that are still to come no truth is known. Leave it out.")
-        print(f"watching {options.images}; results in {options.out}; Ctrl-C ends it", flush=True)
-        say = functools.partial(print, flush=True)
-        count = watching.watch(detector, options.images, options.out, detection.Wanted(**wanted), report=say)
-        print(f"{count} images judged; all results: {Path(options.out) / 'scores.csv'}")
+        _print(f"watching {options.images} with {runs_on}; results in {options.out}; Ctrl-C ends it")
+        how = {} if options.interval is None else {"interval": options.interval}
+        wished = detection.Wanted(**wanted)
+        count = watching.watch(detector, options.images, options.out, wished, report=_print, **how)
+        _print(f"{count} images judged; all results: {Path(options.out) / 'scores.csv'}")
         return 0
+    if options.interval is not None:
+        raise SettingsError("--interval: is of --watch alone. Leave it out, or add that.")
     table = detection.detect(detector, options.images, options.out, masks=options.masks, **wanted)
     left_out = int((table["error"] != "").sum())
     if left_out == len(table):
         raise ImageError(f"none of {len(table)} images could be read; see {Path(options.out) / 'scores.csv'}.")
     defective = int((table["decision"] == "defective").sum())
-    print(f"{len(table) - left_out} images, {defective} defective, {left_out} left out: see {options.out}")
+    found = f"{len(table) - left_out} images, {defective} defective, {left_out} left out"
+    print(f"{found}, by {runs_on}: see {options.out}")
     return 1 if left_out else 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import math
 import os
@@ -18,6 +17,11 @@ from types import TracebackType
 from typing import Self
 
 from effad_lib.runs import RunError, unwritable
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 HEARTBEAT, STALE = 10.0, 120.0
 """Seconds between signs of life, and after how many without one an owner on another machine counts as dead.
@@ -109,6 +113,8 @@ class Lock:
     def take(self, wait: float = 0.0) -> Self:
         """Take the lock, waiting for it up to so many seconds; raise `LockError` if somebody else still holds it, and
         `RunError` if it cannot be written."""
+        if fcntl is None:
+            raise RunError("this needs the file locks of Linux or macOS, which this system does not have.")
         if self.descriptor is None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
