@@ -32,6 +32,7 @@ BROKEN = {  # contents of a file that should hold names with values in JSON
     "a number": b"3",
     "null": b"null",
     "NaN": b'{"image_auroc": NaN}',
+    "a huge number": b'{"image_auroc": 1' + b"0" * 400 + b"}",
     "no text": b"\xff\xfe\x00",
     "deep": b"[" * 100_000,
 }
@@ -240,6 +241,7 @@ RESULTS = {
     **BROKEN,
     "no score": json.dumps({name: value for name, value in RESULT.items() if name != "score"}).encode(),
     "score as text": json.dumps(RESULT | {"score": "high"}).encode(),
+    "a huge score": json.dumps(RESULT | {"score": 10**400}).encode(),
     "score true": json.dumps(RESULT | {"score": True}).encode(),
     "name as number": json.dumps(RESULT | {"file": 3}).encode(),
     "size as text": json.dumps(RESULT | {"size": "1"}).encode(),
