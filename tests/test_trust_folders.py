@@ -14,6 +14,7 @@ from trust import command_refused, files, refused
 from effad_lib.cli import main
 from effad_lib.datasets import load_dataset
 from effad_lib.images import find_images, read_image
+from effad_lib.reading import image_entries
 from effad_lib.runs import resolve
 
 NAMES = {
@@ -118,6 +119,40 @@ def test_what_is_no_path_is_told(path):
 
 def test_a_null_byte_is_no_path():
     refused(lambda: resolve("a\0b"), "no path that can be followed: embedded null")
+
+
+@pytest.fixture
+def deep(tmp_path, picture):
+    """An image and beside it 1,500 folders in each other, more than pytest could take away."""
+    picture(tmp_path / "in" / "a.png")
+    paths = [f"{tmp_path}/in{'/d' * depth}" for depth in range(1, 1_501)]
+    for path in paths:
+        os.mkdir(path)
+    yield tmp_path / "in"
+    for path in reversed(paths):
+        os.rmdir(path)
+
+
+def test_folders_too_deep_in_each_other_are_named(deep, model, tmp_path, capsys):
+    says = "/d/d: folders are more than 100 deep in each other. Move their images up"
+    refused(lambda: find_images(deep), says)
+    refused(lambda: load_dataset("folder", root=deep), says)
+    command_refused(capsys, ["detect", model, deep, "--out", tmp_path / "out", "--device", "cpu"], says)
+    faults = []
+    assert [entry.name for entry in image_entries(deep, None, faults.append)] == ["a.png"] and len(faults) == 1
+
+
+def test_a_hundred_folders_in_each_other_are_read(tmp_path, picture):
+    kept = picture(tmp_path.joinpath(*["d"] * 100, "a.png"))
+    assert find_images(tmp_path) == [kept]
+
+
+def test_a_folder_whose_path_is_too_long_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(20):
+        os.mkdir("d" * 250)
+        os.chdir("d" * 250)
+    refused(lambda: find_images(tmp_path), "cannot be listed .File name too long.. Shorten its path")
 
 
 def test_links_in_a_circle_are_passed_by(tmp_path, picture):
