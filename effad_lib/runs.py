@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import io
 import json
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +155,11 @@ def harmless(text: Any) -> Any:
 def write_csv(path: str | Path, table: pandas.DataFrame) -> Path:
     """Write a table as CSV to `path` whole or not at all, its texts `harmless`."""
     texts = {name: column.map(harmless) for name, column in table.items() if column.dtype.kind == "O"}
-    return write_text(path, table.assign(**texts).to_csv(index=False))
+    as_csv = partial(table.assign(**texts).to_csv, index=False, lineterminator="\n")
+    text = as_csv()
+    if "\r" in text:  # Python before 3.13 leaves it unquoted, and readers take it for the end of a row
+        text = as_csv(quoting=csv.QUOTE_NONNUMERIC)
+    return write_text(path, text)
 
 
 def write_json(path: str | Path, value: Any) -> Path:

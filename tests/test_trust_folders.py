@@ -21,6 +21,7 @@ NAMES = {
     "spaces": "  two  spaces ",
     "quotes": """it's a "quote" `here`""",
     "a new line": "first\nsecond",
+    "a carriage return": "first\rsecond",
     "Unicode": "größe_尺寸_📷_é",
     "letters that write to the left": "\u202egnp.exe",
     "dots": "..x..",
