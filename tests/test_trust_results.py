@@ -121,6 +121,14 @@ def archive(path, compressed=False, **arrays):
     (np.savez_compressed if compressed else np.savez)(path, **arrays)
 
 
+def test_an_image_with_a_carriage_return_in_its_name_is_measured_and_seen(run):
+    image = next((run.parent / "data" / "test" / "good").iterdir())
+    image.rename(image.with_name("a\rb.png"))
+    for command in (["evaluate", str(run), "--device", "cpu"], ["gallery", str(run)]):
+        assert main(command) == 0
+    assert len(list((run / "gallery").glob("*.jpg"))) == 6
+
+
 MAPS = {
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
