@@ -20,7 +20,7 @@ from effad_lib.engines import RUNTIMES, Inspection, Inspector, check_threads, lo
 from effad_lib.memory import kept_memory
 from effad_lib.progress import progress
 from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
-from effad_lib.runs import LongNameError, RunError, finish_step_on_interrupt, write_bytes, write_csv
+from effad_lib.runs import LongNameError, RunError, finish_step_on_interrupt, printable, write_bytes, write_csv
 from effad_lib.settings import SettingsError, nearest
 from effad_lib.tiling import check_overlap, check_threshold, inspect_tiles
 
@@ -143,7 +143,7 @@ def _row(detector: Inspector, path: Path, name: Path, out: Path, truth: Path | N
     try:
         score, marked = detect_one(detector, path, name, out, truth, wanted)
     except ImageError as error:
-        tqdm.write(f"left out: {error}", file=sys.stderr)
+        tqdm.write(f"left out: {printable(error)}", file=sys.stderr)
         return name.as_posix(), None, detector.threshold, "", None, str(error)
     return name.as_posix(), score, detector.threshold, decision(detector, score), marked, ""
 

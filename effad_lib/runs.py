@@ -13,6 +13,7 @@ import signal
 import tempfile
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -150,6 +151,15 @@ def harmless(text: Any) -> Any:
     So a file that is called "=HYPERLINK(...).png" stays a name when a table of scores is opened.
     """
     return f"'{text}" if isinstance(text, str) and text[:1] in tuple("=+-@\t\r") else text
+
+
+def printable(text: Any, keep: str = "") -> str:
+    """Return a text with what would control a terminal, such as ESC, as its escape; letters in `keep` stay."""
+    controls = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        letter if letter in keep or unicodedata.category(letter) not in controls else ascii(letter)[1:-1]
+        for letter in str(text)
+    )
 
 
 def write_csv(path: str | Path, table: pandas.DataFrame) -> Path:

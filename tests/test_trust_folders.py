@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from trust import command_refused, files, refused
 
 from effad_lib.cli import main
 from effad_lib.datasets import load_dataset
+from effad_lib.datasets.split import listed
 from effad_lib.images import find_images, read_image
 from effad_lib.reading import image_entries
-from effad_lib.runs import resolve
+from effad_lib.runs import printable, resolve
 
 NAMES = {
     "spaces": "  two  spaces ",
@@ -74,6 +76,26 @@ def test_odd_names_go_through_detect_and_stay_inside(model, picture, tmp_path):
     written = {f"{kind}/{name}.png" for kind in ("heatmaps", "masks") for name in names}
     assert set(files(tmp_path)) == {f"out/{name}" for name in (*written, "scores.csv")} | {f"images/{n}" for n in names}
     assert files(images) == before
+
+
+ODD = "a\x1b[2J\rb\u202e\u2028"
+SHOWN = r"a\\x1b\[2J\\rb\\u202e\\u2028"
+
+
+def test_names_cannot_control_a_terminal(model, picture, tmp_path, capsys):
+    picture(tmp_path / "in" / "größe_尺寸_📷.png")
+    (tmp_path / "in" / f"{ODD}\n.png").write_bytes(b"")
+    arguments = ["detect", str(model), str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(arguments) == 1
+    assert re.search(rf"left out: .*/{SHOWN}\\n\.png: cannot be read", capsys.readouterr().err)
+    command_refused(capsys, ["detect", model, tmp_path / ODD], f"/{SHOWN}: there is no such image or folder")
+    assert printable("größe_尺寸_📷 \u00a0\u3000") == "größe_尺寸_📷 \u00a0\u3000"
+
+
+def test_lines_of_a_message_stay_lines_and_names_in_them_cannot_add_any(tmp_path, capsys):
+    said = command_refused(capsys, ["train", "--dataset", "folder", "--data-root", tmp_path / "a"], "no folder at root")
+    assert "\n    train/good/000.png" in said
+    assert listed(["a\nb", "c"]) == "\n    a\\nb\n    c"
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
