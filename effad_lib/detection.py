@@ -18,7 +18,15 @@ from effad_lib.engines import RUNTIMES, Inspection, Inspector, check_threads, lo
 from effad_lib.memory import kept_memory, ran_out
 from effad_lib.progress import progress, say
 from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
-from effad_lib.runs import LongNameError, RunError, check_writable, finish_step_on_interrupt, write_bytes, write_csv
+from effad_lib.runs import (
+    LongNameError,
+    RunError,
+    check_writable,
+    finish_step_on_interrupt,
+    printable,
+    write_bytes,
+    write_csv,
+)
 from effad_lib.settings import SettingsError, nearest
 from effad_lib.tiling import check_overlap, check_threshold, inspect_tiles
 
@@ -142,7 +150,7 @@ def _row(detector: Inspector, path: Path, name: Path, out: Path, truth: Path | N
     try:
         score, marked = detect_one(detector, path, name, out, truth, wanted)
     except ImageError as error:
-        say(f"left out: {error}")
+        say(f"left out: {printable(error)}")
         return name.as_posix(), None, detector.threshold, "", None, str(error)
     return name.as_posix(), score, detector.threshold, decision(detector, score), marked, ""
 

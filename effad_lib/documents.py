@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,9 +16,33 @@ MOST_BYTES = 2**16
 MOST_VALUES = 100_000
 """A YAML file that stands for more values than this is refused: a few lines of aliases can stand for billions."""
 
+MOST_BITS = 64
+"""A whole number of more bits is refused: none of ours is as large, and it can overflow whatever reckons with it."""
+
 
 class DocumentError(ValueError):
     """A file that is not whole, or not of its kind; the message names it and what is wrong."""
+
+
+def _whole(digits: str, read: Callable[[], int]) -> int:
+    """Return the whole number that `read` makes of its digits. Raises `ValueError` for more than `MOST_BITS`."""
+    if len(digits) > 100 or (value := read()).bit_length() > MOST_BITS:  # reading very many digits takes long
+        raise ValueError(f"the whole number {digits[:20]}… has more than {MOST_BITS} bits")
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader of plain values, with whole numbers of at most `MOST_BITS`."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Return a whole number. Raises `ValueError` with its line for one that is too large, or none."""
+        try:
+            return _whole(node.value, lambda: super(_Loader, self).construct_yaml_int(node))
+        except ValueError as error:
+            raise ValueError(f"line {node.start_mark.line + 1}: {error}") from error
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -31,7 +56,7 @@ def read_yaml(path: str | Path) -> Any:
     if len(data) > MOST_BYTES:
         raise DocumentError(f"{path} is longer than {MOST_BYTES:,} bytes. Make several files of it.")
     try:
-        loader = yaml.SafeLoader(data.decode("utf-8"))
+        loader = _Loader(data.decode("utf-8"))
         if (root := loader.get_single_node()) is None:
             return None
         _count(root, path, {})
@@ -52,14 +77,15 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
 def parse_json(text: str | bytes, source: str, kind: type = dict) -> Any:
     """Return the `kind` of value, dict or list, that a text in JSON holds; `source` is what an error calls it.
 
-    Raises `DocumentError` for what is not JSON, holds NaN or an infinity, or is of another kind.
+    Raises `DocumentError` for what is not JSON, holds NaN, an infinity or a whole number of more than
+    `MOST_BITS`, or is of another kind.
     """
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"it holds {constant}")
 
     try:
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse, parse_int=lambda digits: _whole(digits, lambda: int(digits)))
     except (ValueError, RecursionError) as error:
         raise DocumentError(f"{source} is not JSON: {error}. Restore or delete it.") from error
     if not isinstance(value, kind):

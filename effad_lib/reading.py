@@ -51,6 +51,9 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 """Pillow's modes of grey images that are read with `Levels`."""
 
+DEEPEST = 100
+"""So many folders may lie in each other below a folder of images: Python's own functions give up at some hundreds."""
+
 
 class ImageError(ValueError):
     """An image, a mask or a folder of images that cannot be used; the message names the file and the remedy."""
@@ -103,19 +106,24 @@ def image_entries(
 
     Only links are looked up: those that lead out of the folder, into the folder `results` or nowhere are left out, as
     is all that lies in `results`, and a folder that is taken away meanwhile. `refuse` gets an `ImageError` for a folder
-    that cannot be listed and for a name that is no text, which no table could hold: it raises it, or they are left out.
+    that cannot be listed or lies more than `DEEPEST` folders deep and for a name that is no text, which no table could
+    hold: it raises it, or they are left out.
     """
     root, apart = folder.resolve(), results and results.resolve()
     if apart and root.is_relative_to(apart):
         return
     hidden = str(folder / apart.relative_to(root)) if apart and apart.is_relative_to(root) else ""
 
-    def below(here: str) -> Iterator[os.DirEntry[str]]:
+    def below(here: str, depth: int = 0) -> Iterator[os.DirEntry[str]]:
+        if depth > DEEPEST:
+            refuse(ImageError(f"{here}: folders are more than {DEEPEST} deep in each other. Move their images up."))
+            return
         try:
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except OSError as error:
             if here == str(folder) or not isinstance(error, FileNotFoundError):
                 remedy = "Mend its permissions." if isinstance(error, PermissionError) else "Bring it back."
+                remedy = "Shorten its path." if error.errno == errno.ENAMETOOLONG else remedy
                 refuse(ImageError(f"{here}: the folder cannot be listed ({error.strerror}). {remedy}"))
             return
         for entry in entries:
@@ -128,7 +136,7 @@ def image_entries(
                 kind = "folder" if is_folder else "file"
                 refuse(ImageError(f"{here}: the name {os.fsencode(entry.name)} is not UTF-8. Rename the {kind}."))
             elif is_folder:
-                yield from below(entry.path)
+                yield from below(entry.path, depth + 1)
             elif not entry.is_symlink() or _is_inside(entry.path, root, apart):
                 yield entry
 

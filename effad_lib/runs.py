@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import io
 import json
@@ -12,7 +13,9 @@ import signal
 import tempfile
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,10 +153,23 @@ def harmless(text: Any) -> Any:
     return f"'{text}" if isinstance(text, str) and text[:1] in tuple("=+-@\t\r") else text
 
 
+def printable(text: Any, keep: str = "") -> str:
+    """Return a text with what would control a terminal, such as ESC, as its escape; letters in `keep` stay."""
+    controls = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        letter if letter in keep or unicodedata.category(letter) not in controls else ascii(letter)[1:-1]
+        for letter in str(text)
+    )
+
+
 def write_csv(path: str | Path, table: pandas.DataFrame) -> Path:
     """Write a table as CSV to `path` whole or not at all, its texts `harmless`."""
     texts = {name: column.map(harmless) for name, column in table.items() if column.dtype.kind == "O"}
-    return write_text(path, table.assign(**texts).to_csv(index=False))
+    as_csv = partial(table.assign(**texts).to_csv, index=False, lineterminator="\n")
+    text = as_csv()
+    if "\r" in text:  # Python before 3.13 leaves it unquoted, and readers take it for the end of a row
+        text = as_csv(quoting=csv.QUOTE_NONNUMERIC)
+    return write_text(path, text)
 
 
 def write_json(path: str | Path, value: Any) -> Path:

@@ -19,7 +19,7 @@ from effad_lib.engines import Inspector
 from effad_lib.execution.lock import Lock, LockError
 from effad_lib.memory import kept_memory
 from effad_lib.reading import ImageError, UnreachableError, image_entries
-from effad_lib.runs import RunError, finish_step_on_interrupt, write_json
+from effad_lib.runs import RunError, finish_step_on_interrupt, printable, write_json
 from effad_lib.settings import SettingsError
 
 PATIENCE = 10.0
@@ -55,7 +55,7 @@ class Faults:
         """Report a fault unless it was there before."""
         text = str(fault)
         if text not in self._before | self._now:
-            self._report(f"passed by until it is mended: {text}")
+            self._report(f"passed by until it is mended: {printable(text)}")
         self._now.add(text)
 
 
@@ -134,7 +134,8 @@ def watch(
                 done[name] = version
                 del seen[name]
                 count += 1
-                report(f"{name}: {result['error'] or '{decision}, score {score:.4g}'.format(**result)}")
+                found = result["error"] or "{decision}, score {score:.4g}".format(**result)
+                report(printable(f"{name}: {found}"))
             _wait(interval if seen else max(interval, min(took / LOOKING, SLOWEST)), interrupted)
     return count
 

@@ -1,5 +1,6 @@
 """The run folder: files whole or not at all, no mixed settings, nothing unpickled."""
 
+import csv
 import errno
 import os
 import pickle
@@ -8,6 +9,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -17,8 +19,10 @@ from effad_lib.runs import (
     Run,
     RunError,
     finish_step_on_interrupt,
+    harmless,
     resolve,
     write_bytes,
+    write_csv,
     write_json,
     write_text,
 )
@@ -49,6 +53,16 @@ def test_writing_makes_folders_and_leaves_nothing_else(tmp_path):
     write_text(path, "new")
     assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["a\rb.png", "a\r\nb.png", "\rb.png", 'a\r"b,c.png', "a\nb.png"])
+def test_tables_hold_names_with_ends_of_lines_as_they_are(tmp_path, name):
+    table = pd.DataFrame({"file": [name, "c.png"], "score": [0.25, 1e-9], "count": [1, 2], "error": ["", "no\rimage"]})
+    path = write_csv(tmp_path / "a.csv", table)
+    found = pd.read_csv(path, dtype={"file": str}, na_filter=False)
+    assert found.to_dict("list") == table.map(harmless).to_dict("list")
+    with open(path, newline="", encoding="utf-8") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == [harmless(name), "c.png"]
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -13,13 +14,16 @@ from trust import command_refused, files, refused
 
 from effad_lib.cli import main
 from effad_lib.datasets import load_dataset
+from effad_lib.datasets.split import listed
 from effad_lib.images import find_images, read_image
-from effad_lib.runs import resolve
+from effad_lib.reading import image_entries
+from effad_lib.runs import printable, resolve
 
 NAMES = {
     "spaces": "  two  spaces ",
     "quotes": """it's a "quote" `here`""",
     "a new line": "first\nsecond",
+    "a carriage return": "first\rsecond",
     "Unicode": "größe_尺寸_📷_é",
     "letters that write to the left": "\u202egnp.exe",
     "dots": "..x..",
@@ -74,6 +78,26 @@ def test_odd_names_go_through_detect_and_stay_inside(model, picture, tmp_path):
     assert files(images) == before
 
 
+ODD = "a\x1b[2J\rb\u202e\u2028"
+SHOWN = r"a\\x1b\[2J\\rb\\u202e\\u2028"
+
+
+def test_names_cannot_control_a_terminal(model, picture, tmp_path, capsys):
+    picture(tmp_path / "in" / "größe_尺寸_📷.png")
+    (tmp_path / "in" / f"{ODD}\n.png").write_bytes(b"")
+    arguments = ["detect", str(model), str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(arguments) == 1
+    assert re.search(rf"left out: .*/{SHOWN}\\n\.png: cannot be read", capsys.readouterr().err)
+    command_refused(capsys, ["detect", model, tmp_path / ODD], f"/{SHOWN}: there is no such image or folder")
+    assert printable("größe_尺寸_📷 \u00a0\u3000") == "größe_尺寸_📷 \u00a0\u3000"
+
+
+def test_lines_of_a_message_stay_lines_and_names_in_them_cannot_add_any(tmp_path, capsys):
+    said = command_refused(capsys, ["train", "--dataset", "folder", "--data-root", tmp_path / "a"], "no folder at root")
+    assert "\n    train/good/000.png" in said
+    assert listed(["a\nb", "c"]) == "\n    a\\nb\n    c"
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +142,40 @@ def test_what_is_no_path_is_told(path):
 
 def test_a_null_byte_is_no_path():
     refused(lambda: resolve("a\0b"), "no path that can be followed: embedded null")
+
+
+@pytest.fixture
+def deep(tmp_path, picture):
+    """An image and beside it 1,500 folders in each other, more than pytest could take away."""
+    picture(tmp_path / "in" / "a.png")
+    paths = [f"{tmp_path}/in{'/d' * depth}" for depth in range(1, 1_501)]
+    for path in paths:
+        os.mkdir(path)
+    yield tmp_path / "in"
+    for path in reversed(paths):
+        os.rmdir(path)
+
+
+def test_folders_too_deep_in_each_other_are_named(deep, model, tmp_path, capsys):
+    says = "/d/d: folders are more than 100 deep in each other. Move their images up"
+    refused(lambda: find_images(deep), says)
+    refused(lambda: load_dataset("folder", root=deep), says)
+    command_refused(capsys, ["detect", model, deep, "--out", tmp_path / "out", "--device", "cpu"], says)
+    faults = []
+    assert [entry.name for entry in image_entries(deep, None, faults.append)] == ["a.png"] and len(faults) == 1
+
+
+def test_a_hundred_folders_in_each_other_are_read(tmp_path, picture):
+    kept = picture(tmp_path.joinpath(*["d"] * 100, "a.png"))
+    assert find_images(tmp_path) == [kept]
+
+
+def test_a_folder_whose_path_is_too_long_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(20):
+        os.mkdir("d" * 250)
+        os.chdir("d" * 250)
+    refused(lambda: find_images(tmp_path), "cannot be listed .File name too long.. Shorten its path")
 
 
 def test_links_in_a_circle_are_passed_by(tmp_path, picture):

@@ -32,6 +32,7 @@ BROKEN = {  # contents of a file that should hold names with values in JSON
     "a number": b"3",
     "null": b"null",
     "NaN": b'{"image_auroc": NaN}',
+    "a huge number": b'{"image_auroc": 1' + b"0" * 400 + b"}",
     "no text": b"\xff\xfe\x00",
     "deep": b"[" * 100_000,
 }
@@ -118,6 +119,14 @@ def test_scores_of_a_run_that_make_no_sense(run, capsys, kind):
 
 def archive(path, compressed=False, **arrays):
     (np.savez_compressed if compressed else np.savez)(path, **arrays)
+
+
+def test_an_image_with_a_carriage_return_in_its_name_is_measured_and_seen(run):
+    image = next((run.parent / "data" / "test" / "good").iterdir())
+    image.rename(image.with_name("a\rb.png"))
+    for command in (["evaluate", str(run), "--device", "cpu"], ["gallery", str(run)]):
+        assert main(command) == 0
+    assert len(list((run / "gallery").glob("*.jpg"))) == 6
 
 
 MAPS = {
@@ -240,6 +249,7 @@ RESULTS = {
     **BROKEN,
     "no score": json.dumps({name: value for name, value in RESULT.items() if name != "score"}).encode(),
     "score as text": json.dumps(RESULT | {"score": "high"}).encode(),
+    "a huge score": json.dumps(RESULT | {"score": 10**400}).encode(),
     "score true": json.dumps(RESULT | {"score": True}).encode(),
     "name as number": json.dumps(RESULT | {"file": 3}).encode(),
     "size as text": json.dumps(RESULT | {"size": "1"}).encode(),

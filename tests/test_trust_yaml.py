@@ -58,7 +58,11 @@ DOCUMENTS = {
     "an impossible truth": ("!!bool perhaps", "is not YAML: it holds an impossible value"),
     "an impossible moment": ("!!timestamp yesterday", "is not YAML: it holds an impossible value"),
     "impossible bytes": ("!!binary é", "is not YAML"),
-    "a number of 5,000 digits": ("a: " + "9" * 5000, "is not YAML: it holds an impossible value"),
+    "a number of 5,000 digits": ("a: " + "9" * 5000, "line 1: the whole number 99999999999999999999… has more than 64"),
+    "huge seeds": (f"notebooks: [one]\nseeds: [0x{'f' * 6000}]", "line 2: the whole number 0xffffffffffffffffff… has"),
+    "a huge notebook": (f"notebooks: [0x{'f' * 6000}]", "line 1: the whole number .* has more than 64 bits"),
+    "a huge grid": (f"{{notebooks: [one], grid: {{steps: [{2**64}]}}}}", "has more than 64 bits"),
+    "a huge rate": (f"{{notebooks: [one], parameters: {{rate: {'9' * 400}}}}}", "has more than 64 bits"),
     "an object": ("!!python/object:os.system {}", "is not YAML: could not determine a constructor"),
     "a call": ("!!python/object/apply:os.system ['touch executed']", "could not determine a constructor"),
     "a call with new": ("!!python/object/new:os.system ['touch executed']", "could not determine a constructor"),
@@ -81,8 +85,12 @@ def test_documents_that_are_none_are_refused_as_profile_and_as_sweep(load, tmp_p
 
 def test_what_yaml_has_beyond_json_is_read(tmp_path):
     path = tmp_path / "a.yaml"
-    path.write_text("base: &base {x: 1, y: 2}\nother: {<<: *base, y: 3}\nlist: [*base, *base]\ntext: |\n  a\n")
+    path.write_text(
+        "base: &base {x: 1, y: 2}\nother: {<<: *base, y: 3}\nlist: [*base, *base]\ntext: |\n  a\n"
+        f"most: {2**64 - 1}\n"
+    )
     found = read_yaml(path)
+    assert found["most"] == 2**64 - 1
     assert found["other"] == {"x": 1, "y": 3} and found["list"] == [{"x": 1, "y": 2}] * 2 and found["text"] == "a\n"
 
 

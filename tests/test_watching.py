@@ -224,6 +224,15 @@ def test_while_the_folder_itself_is_gone_it_is_told_once_and_waited_for(small_de
     assert f"{images}: the folder cannot be listed (No such file or directory). Bring it back." in said[1]
 
 
+def test_names_that_are_told_cannot_control_a_terminal(small_detector, picture, tmp_path, looks):
+    picture(tmp_path / "in" / "a\x1b[2J\r.png")
+    said = []
+    looks(nothing, nothing, nothing)
+    assert watch(small_detector, tmp_path / "in", tmp_path / "out", report=said.append) == 1
+    watching.Faults(said.append).tell(ImageError("b\x1b.png"))
+    assert said[0].startswith(r"a\x1b[2J\r.png: ") and said[1].endswith(r": b\x1b.png") and len(said) == 2
+
+
 def test_a_fault_that_comes_again_is_told_again():
     said = []
     faults = watching.Faults(said.append)

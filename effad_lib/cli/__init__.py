@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from effad_lib import __version__
 from effad_lib.cli import benchmarks, data, deployment, designs, detectors, notebooks, teachers
-from effad_lib.cli.options import Parser
+from effad_lib.cli.options import Parser, say
 
 # A command imports what it needs when it runs, so that `effad --help` does not wait for torch.
 
@@ -62,12 +62,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 after an error of the user's, or 130 after Ctrl-C."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"effad: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: say(message)
         try:
             options = parse(sys.argv[1:] if arguments is None else arguments)
             return options.work(options)
         except KeyboardInterrupt as interrupt:
-            print(f"\neffad: {str(interrupt) or 'stopped: what was finished before is kept.'}", file=sys.stderr)
+            print(file=sys.stderr)
+            say(str(interrupt) or "stopped: what was finished before is kept.")
             return 130
         except BrokenPipeError:  # the reader of our output has left, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,5 +77,5 @@ def main(arguments: list[str] | None = None) -> int:
             # Our own errors are written for people; those from deeper are faults and keep their traceback.
             if not isinstance(error, OSError) and not type(error).__module__.startswith("effad_lib"):
                 raise
-            print(f"effad: {error}", file=sys.stderr)
+            say(error)
             return 2

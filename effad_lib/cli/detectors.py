@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from effad_lib.cli.options import Option, add_data_files, add_options, allow_data_files, given, settings_options
+from effad_lib.runs import printable
 
 
 def train_options(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,7 @@ def evaluate(options: argparse.Namespace) -> int:
         print(batch.as_text(batch.results([folder])))
         for table in (found.by_defect(), found.decisions()):
             if len(table):
-                print(f"\n{table.round(3).to_string(na_rep='–')}")
+                print(printable(f"\n{table.round(3).to_string(na_rep='–')}", keep="\n"))
         print(f"\n{result['latency_ms']:.1f} ms an image ({result['latency_on']}); {page}")
         for note in found.notes:
             print(note)

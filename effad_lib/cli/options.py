@@ -11,8 +11,15 @@ import typing
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
+from effad_lib.runs import printable
+
 PATHS = frozenset({"run_folder", "runs", "data_root", "penalty_images", "images", "backbone_weights"})
 """Settings that are paths: on the command line relative to where one is, in settings relative to the project."""
+
+
+def say(message: object) -> None:
+    """Print a message of one or more lines, whatever names it holds, to the terminal."""
+    print("effad:", printable(message, keep="\n\t"), file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
-        print(f"effad: {message}. See `{self.prog} --help`.", file=sys.stderr)
+        say(f"{message}. See `{self.prog} --help`.")
         raise SystemExit(2)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from effad_lib.consent import allow
-from effad_lib.runs import resolve
+from effad_lib.runs import printable, resolve
 
 FEWEST_VALIDATION = 3
 
@@ -172,4 +172,4 @@ def hold_out(good: Sequence[Sample], seed: int, share: float) -> tuple[Samples, 
 def listed(items: Sequence[object], most: int = 5) -> str:
     """Return the first few items, a line each, and how many more there are."""
     more = [f"... and {len(items) - most} more"] if len(items) > most else []
-    return "".join(f"\n    {item}" for item in [*items[:most], *more])
+    return "".join(f"\n    {printable(item)}" for item in [*items[:most], *more])
