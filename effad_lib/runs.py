@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -275,11 +276,10 @@ class Run:
 def readable(run: Run, state: Any) -> Iterator[None]:
     """Turn what fails while a checkpoint's state is taken over into a `RunError`: it is of another version, or altered.
 
-    A state with NaN or infinite values is refused too: a training never saves one.
+    A state with NaN or infinite values is refused too: before each save a training stops if its state is `broken`.
     """
-    fault = "holds NaN or infinite values" if _broken(state) else ""
     try:
-        if not fault:
+        if not (fault := "holds NaN or infinite values" if broken(state) else ""):
             yield
     except RunError:
         raise
@@ -289,12 +289,14 @@ def readable(run: Run, state: Any) -> Iterator[None]:
         raise RunError(f"{run.folder}: its checkpoint {fault}. Delete the run's checkpoints to start it anew.")
 
 
-def _broken(value: Any) -> bool:
-    """Whether a tensor anywhere in a state is not finite."""
+def broken(value: Any) -> bool:
+    """Whether a tensor or a number anywhere in a state is not finite: such a state is neither saved nor continued."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return any(map(_broken, value))
+        return any(map(broken, value))
+    if isinstance(value, float):
+        return not math.isfinite(value)
     return hasattr(value, "isfinite") and not bool(value.isfinite().all())
 
 

@@ -19,7 +19,7 @@ from effad_lib.images import NaturalImages, change_colour, draw_colours, to_floa
 from effad_lib.memory import kept_memory
 from effad_lib.networks import initialise
 from effad_lib.progress import progress
-from effad_lib.runs import Run, RunError, finish_step_on_interrupt, readable, write_text
+from effad_lib.runs import Run, RunError, broken, finish_step_on_interrupt, readable, write_text
 from effad_lib.settings import cores
 from effad_lib.training.settings import TrainingSettings
 from effad_lib.training.step import HEAD_RATES, Draw, Losses, step_factor, training_losses
@@ -121,7 +121,7 @@ class Trainer:
                 self.seconds = time.monotonic() - began
                 saved = validated or interrupted() or self.step % settings.checkpoint_every == 0
                 if saved:
-                    self._check_losses()
+                    self._check_finite()
                 if validated:
                     self._write_board(board, self._record(terms))
                 if saved:
@@ -186,17 +186,19 @@ class Trainer:
         self.scaler.update()
         return Losses(*torch.stack([term.detach() for term in terms]))  # a copy: a compiled step reuses its memory
 
-    def _check_losses(self) -> None:
-        """Raise `RunError` if a loss was not finite since this was last asked: such a state is never saved."""
+    def _check_finite(self) -> None:
+        """Raise `RunError` if a loss since this was last asked, or the state, is not finite: that is never saved."""
         if (first := int(self.first_bad)) >= 0:
             step = self.step - len(self.drawn) + first + 1
             images = ", ".join(str(self.names[k]) if self.names else f"image {k}" for k in self.drawn[first].tolist())
             raise RunError(self._not_finite(f"at step {step}, on {images}"))
+        if broken(self.state()):
+            raise RunError(self._not_finite(f"after step {self.step}", "a weight or a number of the optimiser's"))
         self.drawn.clear()
 
-    def _not_finite(self, where: str) -> str:
+    def _not_finite(self, where: str, what: str = "a loss") -> str:
         return (
-            f"{self.run.folder}: a loss is not finite {where}. The last checkpoint is from before; lower "
+            f"{self.run.folder}: {what} is not finite {where}. The last checkpoint is from before; lower "
             f"learning_rate (now {self.settings.learning_rate:g}) or use precision float32 in a new run folder."
         )
 
