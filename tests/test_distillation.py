@@ -327,6 +327,29 @@ def test_folders_and_held_out_sets_that_cannot_work(settings, tmp_path):
         distil(settings(held_out=8))
 
 
+@pytest.mark.parametrize(
+    ("seconds", "part", "says", "kept"),
+    [
+        (0.0, "loss", r"the loss is not finite at step 4\. .* lower learning_rate \(now 0\.001\)", 3),
+        (1e9, "loss", "the loss is not finite at step 4", None),
+        (0.0, "optimiser", "the optimiser's is not finite after step 4", 3),
+    ],
+)
+def test_what_is_not_finite_is_never_saved(settings, monkeypatch, seconds, part, says, kept):
+    train_step = distillation.loop.Distiller.train_step
+
+    def broken_step(self, large):
+        loss = train_step(self, large)
+        if self.step == 3 and part == "optimiser":
+            self.optimisers[0].state[self.pdn.head.bias]["exp_avg_sq"].fill_(float("inf"))
+        return loss * float("nan") if self.step == 3 and part == "loss" else loss
+
+    monkeypatch.setattr(distillation.loop.Distiller, "train_step", broken_step)
+    with pytest.raises(RunError, match=says):
+        distil(made := settings(checkpoint_seconds=seconds))
+    assert (Run(made.run_folder).load_checkpoint() or {"step": None})["step"] == kept
+
+
 def test_resume_with_other_settings_is_refused(settings):
     distil(settings())
     with pytest.raises(RunError, match="learning_rate"):

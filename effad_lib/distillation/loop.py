@@ -25,7 +25,7 @@ from effad_lib.images import NaturalImages
 from effad_lib.memory import enough_memory, kept_memory
 from effad_lib.networks import PDN, Layers
 from effad_lib.progress import progress
-from effad_lib.runs import Run, RunError, finish_step_on_interrupt, readable, resolve
+from effad_lib.runs import Run, RunError, broken, finish_step_on_interrupt, readable, resolve
 from effad_lib.settings import SettingsError, pick_device
 
 LOG_EVERY = 10
@@ -168,7 +168,7 @@ class Distiller:
                 if stop or last:
                     self.unreadable = self.processes.union(self.unreadable)
                 if first and (stop or due or last):
-                    self.run.save_checkpoint("last", self.state(drawn))
+                    self._save(drawn)
                     saved = time.monotonic()
                 if stop and not last:
                     self.processes.wait()  # for the first one to save: torchrun ends all as soon as one has ended
@@ -208,13 +208,32 @@ class Distiller:
         return loss.detach()
 
     def _log(self) -> float:
-        """Add the mean loss of the recent steps to the curve and return it. Raises `RunError` if it is not finite."""
-        value = float(self.processes.mean(torch.stack(self.recent).mean()))
+        """Add the mean loss of the recent steps to the curve and return it. Raises `RunError` if one is not finite."""
+        recent = self.processes.mean(torch.stack(self.recent))
+        self._check_losses(recent.tolist())
         self.recent.clear()
-        if not math.isfinite(value):
-            raise RunError(f"{self.run.folder}: the loss is {value} at step {self.step}. Lower learning_rate.")
-        self.losses.append(value)
-        return value
+        self.losses.append(float(recent.mean()))
+        return self.losses[-1]
+
+    def _save(self, drawn: Tensor) -> None:
+        """Save the checkpoint `last`, or raise `RunError` if its state is not finite: the one before stays."""
+        state = self.state(drawn)
+        self._check_losses(state["recent"])
+        if broken(state):
+            raise RunError(self._not_finite("a weight or a number of the optimiser's", f"after step {self.step}"))
+        self.run.save_checkpoint("last", state)
+
+    def _check_losses(self, recent: list[float]) -> None:
+        """Raise `RunError` that names the first of the last steps whose loss is not finite."""
+        for step, loss in enumerate(recent, self.step - len(recent) + 1):
+            if not math.isfinite(loss):
+                raise RunError(self._not_finite("the loss", f"at step {step}"))
+
+    def _not_finite(self, what: str, where: str) -> str:
+        return (
+            f"{self.run.folder}: {what} is not finite {where}. The last checkpoint is from before; lower "
+            f"learning_rate (now {self.settings.learning_rate:g}) or use precision float32 in a new run folder."
+        )
 
     def state(self, drawn: Tensor) -> dict[str, Any]:
         """Return everything needed to continue; `drawn` is the generator's state after the last step's views."""
