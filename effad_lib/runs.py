@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -283,10 +283,22 @@ def readable(run: Run, state: Any) -> Iterator[None]:
             yield
     except RunError:
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         fault = f"is not of this version or was altered ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
     if fault:
         raise RunError(f"{run.folder}: its checkpoint {fault}. Delete the run's checkpoints to start it anew.")
+
+
+def check_plain(state: dict[str, Any], takes: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
+    """Raise `ValueError` that names the first plain value of a checkpoint's state that is not what it takes."""
+    for name, (is_sound, what) in takes.items():
+        if not is_sound(value := state[name]):
+            raise ValueError(f"{name} = {repr(value)[:80]}, which takes {what}")
+
+
+def is_whole(value: Any, most: float = math.inf) -> bool:
+    """Whether a value is a whole number from 0 to `most`; True and False are none."""
+    return type(value) is int and 0 <= value <= most
 
 
 def broken(value: Any) -> bool:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effad_lib.backbones import file_sha256, load_backbone, weights_file
+from effad_lib.cards import is_number
 from effad_lib.distillation.muon import Muon
 from effad_lib.distillation.processes import Processes, joined
 from effad_lib.distillation.settings import DistillationSettings
@@ -25,7 +27,7 @@ from effad_lib.images import NaturalImages
 from effad_lib.memory import enough_memory, kept_memory
 from effad_lib.networks import PDN, Layers
 from effad_lib.progress import progress
-from effad_lib.runs import Run, RunError, broken, finish_step_on_interrupt, readable, resolve
+from effad_lib.runs import Run, RunError, broken, check_plain, finish_step_on_interrupt, is_whole, readable, resolve
 from effad_lib.settings import SettingsError, pick_device
 
 LOG_EVERY = 10
@@ -252,6 +254,28 @@ class Distiller:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
+        steps, photographs = self.settings.steps, len(self.views.natural)
+
+        def is_recent(value: Any) -> bool:
+            return _are_numbers(value) and len(value) == (state["step"] % LOG_EVERY if state["step"] < steps else 0)
+
+        def is_curve(value: Any) -> bool:
+            means = math.ceil((state["step"] - len(state["recent"])) / LOG_EVERY)
+            return _are_numbers(value) and len(value) == means
+
+        def is_unreadable(value: Any) -> bool:
+            return isinstance(value, list) and all(is_whole(one, most=photographs - 1) for one in value)
+
+        check_plain(
+            state,
+            {
+                "step": (partial(is_whole, most=steps), f"a whole number from 0 to {steps}"),
+                "seconds": (is_number, "a number"),
+                "recent": (is_recent, "a number for each step since the last mean"),
+                "losses": (is_curve, f"a mean for each {LOG_EVERY} steps"),
+                "unreadable": (is_unreadable, f"numbers of the {photographs} photographs"),
+            },
+        )
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
         self.unreadable = set(state["unreadable"])
         self.recent = [torch.tensor(value, device=self.device) for value in state["recent"]]
@@ -293,6 +317,10 @@ class Distiller:
         error = torch.stack(errors).mean(0)
         explained = 1 - error / deviation.flatten().square()
         return error.mean().item(), [round(share, 3) for share in explained.tolist()]
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_number, value))
 
 
 def sources(settings: DistillationSettings, paths: list[Path]) -> dict[str, str]:
