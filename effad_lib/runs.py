@@ -7,6 +7,7 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import tempfile
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -302,26 +303,39 @@ class Run:
 def readable(run: Run, state: Any) -> Iterator[None]:
     """Turn what fails while a checkpoint's state is taken over into a `RunError`: it is of another version, or altered.
 
-    A state with NaN or infinite values is refused too: a training never saves one.
+    A state with NaN or infinite values is refused too: before each save a training stops if its state is `broken`.
     """
-    fault = "holds NaN or infinite values" if _broken(state) else ""
     try:
-        if not fault:
+        if not (fault := "holds NaN or infinite values" if broken(state) else ""):
             yield
     except RunError:
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         fault = f"is not of this version or was altered ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
     if fault:
         raise RunError(f"{run.folder}: its checkpoint {fault}. Delete the run's checkpoints to start it anew.")
 
 
-def _broken(value: Any) -> bool:
-    """Whether a tensor anywhere in a state is not finite."""
+def check_plain(state: dict[str, Any], takes: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
+    """Raise `ValueError` that names the first plain value of a checkpoint's state that is not what it takes."""
+    for name, (is_sound, what) in takes.items():
+        if not is_sound(value := state[name]):
+            raise ValueError(f"{name} = {repr(value)[:80]}, which takes {what}")
+
+
+def is_whole(value: Any, most: float = math.inf) -> bool:
+    """Whether a value is a whole number from 0 to `most`; True and False are none."""
+    return type(value) is int and 0 <= value <= most
+
+
+def broken(value: Any) -> bool:
+    """Whether a tensor or a number anywhere in a state is not finite: such a state is neither saved nor continued."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return any(map(_broken, value))
+        return any(map(broken, value))
+    if isinstance(value, float):
+        return not math.isfinite(value)
     return hasattr(value, "isfinite") and not bool(value.isfinite().all())
 
 

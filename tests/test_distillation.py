@@ -327,10 +327,41 @@ def test_folders_and_held_out_sets_that_cannot_work(settings, tmp_path):
         distil(settings(held_out=8))
 
 
+@pytest.mark.parametrize(("seconds", "kept"), [(0.0, 3), (1e9, None)])
+@pytest.mark.parametrize(("part", "says"), [("loss", "loss is not finite at step 4"), ("optimiser", "after step [46]")])
+def test_what_is_not_finite_is_never_saved(settings, monkeypatch, seconds, kept, part, says):
+    train_step = distillation.loop.Distiller.train_step
+
+    def broken_step(self, large):
+        loss = train_step(self, large)
+        if self.step == 3 and part == "optimiser":
+            self.optimisers[0].state[self.pdn.head.bias]["exp_avg_sq"].fill_(float("inf"))
+        return loss * float("nan") if self.step == 3 and part == "loss" else loss
+
+    monkeypatch.setattr(distillation.loop.Distiller, "train_step", broken_step)
+    with pytest.raises(RunError, match=rf"{says}\. .* lower learning_rate \(now 0\.001\)"):
+        distil(made := settings(checkpoint_seconds=seconds))
+    assert (Run(made.run_folder).load_checkpoint() or {"step": None})["step"] == kept
+
+
 def test_resume_with_other_settings_is_refused(settings):
     distil(settings())
     with pytest.raises(RunError, match="learning_rate"):
         distil(settings(learning_rate=2e-3))
+
+
+def test_checkpoints_with_altered_values_are_refused(settings):
+    run = distil(made := settings())
+    (run.folder / "metrics.json").unlink()
+    state = run.load_checkpoint()
+    wrong = {"step": ["1", 1.5, True, 7, -1, 5], "seconds": ["x"], "recent": [3, ["a"]], "losses": [[], "x", ["x"]]}
+    wrong |= {"unreadable": [3, [8], ["a"]]}
+    for name, value in ((name, value) for name, values in wrong.items() for value in values):
+        run.save_checkpoint("last", state | {name: value})
+        with pytest.raises(
+            RunError, match=rf"was altered .ValueError: {name} = .* takes .*Delete the run's checkpoints"
+        ):
+            distil(made)
 
 
 def test_resume_on_other_photographs_is_refused(settings, given, tmp_path):

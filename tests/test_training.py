@@ -289,6 +289,21 @@ def test_a_loss_that_is_not_finite_between_two_validations_names_step_and_image(
     assert saved["step"] == 4 and all(value.isfinite().all() for value in saved["student"].values())
 
 
+def test_an_optimiser_that_overflows_stops_at_the_checkpoint_before(start, monkeypatch, tmp_path):
+    """With finite losses and weights: Adam divides by the infinite root, so those weights only stand still."""
+    train_step = training.Trainer.train_step
+
+    def overflowing(self, draw):
+        if self.step == 6:
+            self.optimiser.state[self.detector.student.head.bias]["exp_avg_sq"].fill_(float("inf"))
+        return train_step(self, draw)
+
+    monkeypatch.setattr(training.Trainer, "train_step", overflowing)
+    with pytest.raises(RunError, match=r"the optimiser's is not finite after step 8\. .* lower learning_rate"):
+        start("run")
+    assert [Run(tmp_path / "run").load_checkpoint(name)["step"] for name in ("last", "best")] == [4, 4]
+
+
 def test_a_batch_too_large_for_the_memory_is_named_with_its_size(start, monkeypatch):
     monkeypatch.setattr(training.Trainer, "train_step", lambda self, draw: torch.empty(2**50))
     with pytest.raises(OutOfMemory, match=r"run: out of memory .* image_size = \[64, 64\], batch_size = 1, .* smaller"):

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effad_lib.backbones import file_sha256, load_backbone, weights_file
+from effad_lib.cards import is_number
 from effad_lib.distillation.muon import Muon
 from effad_lib.distillation.processes import Processes, joined
 from effad_lib.distillation.settings import DistillationSettings
@@ -25,7 +27,7 @@ from effad_lib.images import NaturalImages
 from effad_lib.memory import enough_memory, kept_memory
 from effad_lib.networks import PDN, Layers
 from effad_lib.progress import progress
-from effad_lib.runs import Run, RunError, finish_step_on_interrupt, readable, resolve
+from effad_lib.runs import Run, RunError, broken, check_plain, finish_step_on_interrupt, is_whole, readable, resolve
 from effad_lib.settings import SettingsError, pick_device
 
 LOG_EVERY = 10
@@ -168,7 +170,7 @@ class Distiller:
                 if stop or last:
                     self.unreadable = self.processes.union(self.unreadable)
                 if first and (stop or due or last):
-                    self.run.save_checkpoint("last", self.state(drawn))
+                    self._save(drawn)
                     saved = time.monotonic()
                 if stop and not last:
                     self.processes.wait()  # for the first one to save: torchrun ends all as soon as one has ended
@@ -208,13 +210,32 @@ class Distiller:
         return loss.detach()
 
     def _log(self) -> float:
-        """Add the mean loss of the recent steps to the curve and return it. Raises `RunError` if it is not finite."""
-        value = float(self.processes.mean(torch.stack(self.recent).mean()))
+        """Add the mean loss of the recent steps to the curve and return it. Raises `RunError` if one is not finite."""
+        recent = self.processes.mean(torch.stack(self.recent))
+        self._check_losses(recent.tolist())
         self.recent.clear()
-        if not math.isfinite(value):
-            raise RunError(f"{self.run.folder}: the loss is {value} at step {self.step}. Lower learning_rate.")
-        self.losses.append(value)
-        return value
+        self.losses.append(float(recent.mean()))
+        return self.losses[-1]
+
+    def _save(self, drawn: Tensor) -> None:
+        """Save the checkpoint `last`, or raise `RunError` if its state is not finite: the one before stays."""
+        state = self.state(drawn)
+        self._check_losses(state["recent"])
+        if broken(state):
+            raise RunError(self._not_finite("a weight or a number of the optimiser's", f"after step {self.step}"))
+        self.run.save_checkpoint("last", state)
+
+    def _check_losses(self, recent: list[float]) -> None:
+        """Raise `RunError` that names the first of the last steps whose loss is not finite."""
+        for step, loss in enumerate(recent, self.step - len(recent) + 1):
+            if not math.isfinite(loss):
+                raise RunError(self._not_finite("the loss", f"at step {step}"))
+
+    def _not_finite(self, what: str, where: str) -> str:
+        return (
+            f"{self.run.folder}: {what} is not finite {where}. The last checkpoint is from before; lower "
+            f"learning_rate (now {self.settings.learning_rate:g}) or use precision float32 in a new run folder."
+        )
 
     def state(self, drawn: Tensor) -> dict[str, Any]:
         """Return everything needed to continue; `drawn` is the generator's state after the last step's views."""
@@ -233,6 +254,28 @@ class Distiller:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
+        steps, photographs = self.settings.steps, len(self.views.natural)
+
+        def is_recent(value: Any) -> bool:
+            return _are_numbers(value) and len(value) == (state["step"] % LOG_EVERY if state["step"] < steps else 0)
+
+        def is_curve(value: Any) -> bool:
+            means = math.ceil((state["step"] - len(state["recent"])) / LOG_EVERY)
+            return _are_numbers(value) and len(value) == means
+
+        def is_unreadable(value: Any) -> bool:
+            return isinstance(value, list) and all(is_whole(one, most=photographs - 1) for one in value)
+
+        check_plain(
+            state,
+            {
+                "step": (partial(is_whole, most=steps), f"a whole number from 0 to {steps}"),
+                "seconds": (is_number, "a number"),
+                "recent": (is_recent, "a number for each step since the last mean"),
+                "losses": (is_curve, f"a mean for each {LOG_EVERY} steps"),
+                "unreadable": (is_unreadable, f"numbers of the {photographs} photographs"),
+            },
+        )
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
         self.unreadable = set(state["unreadable"])
         self.recent = [torch.tensor(value, device=self.device) for value in state["recent"]]
@@ -274,6 +317,10 @@ class Distiller:
         error = torch.stack(errors).mean(0)
         explained = 1 - error / deviation.flatten().square()
         return error.mean().item(), [round(share, 3) for share in explained.tolist()]
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_number, value))
 
 
 def sources(settings: DistillationSettings, paths: list[Path]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 from effad_lib import losses
+from effad_lib.cards import is_number
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import channel_statistics, prefetched
 from effad_lib.images import NaturalImages, change_colour, draw_colours, to_float
 from effad_lib.memory import kept_memory
 from effad_lib.networks import initialise
 from effad_lib.progress import progress
-from effad_lib.runs import Run, RunError, finish_step_on_interrupt, readable, write_text
+from effad_lib.runs import Run, RunError, broken, check_plain, finish_step_on_interrupt, is_whole, readable, write_text
 from effad_lib.settings import cores
 from effad_lib.training.settings import TrainingSettings
 from effad_lib.training.step import HEAD_RATES, Draw, Losses, step_factor, training_losses
@@ -121,7 +123,7 @@ class Trainer:
                 self.seconds = time.monotonic() - began
                 saved = validated or interrupted() or self.step % settings.checkpoint_every == 0
                 if saved:
-                    self._check_losses()
+                    self._check_finite()
                 if validated:
                     self._write_board(board, self._record(terms))
                 if saved:
@@ -186,17 +188,19 @@ class Trainer:
         self.scaler.update()
         return Losses(*torch.stack([term.detach() for term in terms]))  # a copy: a compiled step reuses its memory
 
-    def _check_losses(self) -> None:
-        """Raise `RunError` if a loss was not finite since this was last asked: such a state is never saved."""
+    def _check_finite(self) -> None:
+        """Raise `RunError` if a loss since this was last asked, or the state, is not finite: that is never saved."""
         if (first := int(self.first_bad)) >= 0:
             step = self.step - len(self.drawn) + first + 1
             images = ", ".join(str(self.names[k]) if self.names else f"image {k}" for k in self.drawn[first].tolist())
             raise RunError(self._not_finite(f"at step {step}, on {images}"))
+        if broken(self.state()):
+            raise RunError(self._not_finite(f"after step {self.step}", "a weight or a number of the optimiser's"))
         self.drawn.clear()
 
-    def _not_finite(self, where: str) -> str:
+    def _not_finite(self, where: str, what: str = "a loss") -> str:
         return (
-            f"{self.run.folder}: a loss is not finite {where}. The last checkpoint is from before; lower "
+            f"{self.run.folder}: {what} is not finite {where}. The last checkpoint is from before; lower "
             f"learning_rate (now {self.settings.learning_rate:g}) or use precision float32 in a new run folder."
         )
 
@@ -317,6 +321,17 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._load_networks(state)
+        steps = self.settings.steps
+        check_plain(
+            state,
+            {
+                "step": (partial(is_whole, most=steps), f"a whole number from 0 to {steps}"),
+                "seconds": (is_number, "a number"),
+                "stale": (is_whole, "a whole number"),
+                "history": (_is_history, "rows of numbers"),
+                "kept": (_is_kept, "pairs of loss and step"),
+            },
+        )
         self.step, self.seconds, self.stale = state["step"], state["seconds"], state["stale"]
         self.history, self.kept = state["history"], [tuple(entry) for entry in state["kept"]]
         self.optimiser.load_state_dict(state["optimiser"])
@@ -327,3 +342,14 @@ class Trainer:
         torch.set_rng_state(state["random"])
         if state["random_cuda"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["random_cuda"])
+
+
+def _is_history(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) and all(map(is_number, row.values())) for row in value)
+
+
+def _is_kept(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and is_number(pair[0]) and is_whole(pair[1])
+        for pair in value
+    )
