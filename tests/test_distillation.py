@@ -358,9 +358,7 @@ def test_checkpoints_with_altered_values_are_refused(settings):
     wrong |= {"unreadable": [3, [8], ["a"]]}
     for name, value in ((name, value) for name, values in wrong.items() for value in values):
         run.save_checkpoint("last", state | {name: value})
-        with pytest.raises(
-            RunError, match=rf"was altered .ValueError: {name} = .* takes .*Delete the run's checkpoints"
-        ):
+        with pytest.raises(RunError, match=r"was altered .ValueError: .* = .* takes .*Delete the run's checkpoints"):
             distil(made)
 
 
