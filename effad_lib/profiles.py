@@ -194,8 +194,8 @@ def _check_places(notebook: str, values: dict[str, Any], runs: Path) -> None:
     A sweep may come from anybody, and is no way to render over, or to delete, what lies elsewhere.
     """
     names = WRITTEN.get(notebook, ())
-    if values.get("dataset") == "synthetic":
-        known = (place_of(values["data_root"], values["category"]) / MANIFEST).is_file()  # then it is only read
+    if values.get("dataset") == "synthetic" and "data_root" in values:
+        known = (place_of(values["data_root"], values.get("category", "")) / MANIFEST).is_file()  # only read then
         names += () if known else ("data_root",)
     for name in names:
         place, own = resolve(values[name] or "data/synthetic"), [runs, PROJECT / "data", PROJECT / "runs"]
