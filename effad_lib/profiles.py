@@ -12,7 +12,7 @@ from typing import Any
 from effad_lib import __version__
 from effad_lib.consent import check_named
 from effad_lib.datasets import load_dataset
-from effad_lib.datasets.synthetic import place_of
+from effad_lib.datasets.synthetic import is_rendered
 from effad_lib.distillation import DistillationSettings, load_teacher
 from effad_lib.documents import DocumentError, read_yaml
 from effad_lib.evaluation import EvaluationSettings
@@ -21,7 +21,7 @@ from effad_lib.latency import LatencySettings
 from effad_lib.published import PUBLISHED_DATA
 from effad_lib.runs import PROJECT, Run, from_project, resolve
 from effad_lib.settings import Settings, nearest
-from effad_lib.synthesis import MANIFEST, SynthesisSettings
+from effad_lib.synthesis import SynthesisSettings
 from effad_lib.training import TrainingSettings
 from effad_lib.viewer import ViewerSettings
 
@@ -195,8 +195,7 @@ def _check_places(notebook: str, values: dict[str, Any], runs: Path) -> None:
     """
     names = WRITTEN.get(notebook, ())
     if values.get("dataset") == "synthetic" and "data_root" in values:
-        known = (place_of(values["data_root"], values.get("category", "")) / MANIFEST).is_file()  # only read then
-        names += () if known else ("data_root",)
+        names += () if is_rendered(values["data_root"], values.get("category", "")) else ("data_root",)
     for name in names:
         place, own = resolve(values[name] or "data/synthetic"), [runs, PROJECT / "data", PROJECT / "runs"]
         if not any(place.is_relative_to(resolve(folder)) for folder in own):

@@ -316,6 +316,14 @@ def readable(run: Run, state: Any) -> Iterator[None]:
         raise RunError(f"{run.folder}: its checkpoint {fault}. Delete the run's checkpoints to start it anew.")
 
 
+def not_finite(run: Run, what: str, where: str, learning_rate: float) -> RunError:
+    """Return what to say of a training or distillation that stops since something of it is not finite."""
+    return RunError(
+        f"{run.folder}: {what} is not finite {where}. The last checkpoint is from before; lower learning_rate (now "
+        f"{learning_rate:g}) or use precision float32 in a new run folder."
+    )
+
+
 def check_plain(state: dict[str, Any], takes: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
     """Raise `ValueError` that names the first plain value of a checkpoint's state that is not what it takes."""
     for name, (is_sound, what) in takes.items():

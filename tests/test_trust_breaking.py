@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -19,6 +24,7 @@ from breaking import NO_DISK, Ended, Fault, Job, check_same, contents, run
 from safetensors.torch import save_file
 
 from effad_lib.cli import main
+from effad_lib.runs import PROJECT
 
 pytestmark = [
     pytest.mark.slow,
@@ -184,3 +190,35 @@ def check_goes_on(job: Job, folder: Path, undisturbed: Undisturbed) -> None:
     again = run(job, folder)
     assert again.code == 0, again.said
     check_same(contents(folder), undisturbed.contents)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM], ids=lambda end: end.name)
+def test_a_watch_killed_at_any_moment_nothing_is_lost_and_nothing_twice(model, picture, tmp_path, end):
+    """Twice killed, once stopped by Ctrl-C or as a service is: every image has one whole result."""
+    images, out = tmp_path / "in", tmp_path / "out"
+    for index in range(12):
+        picture(images / f"{index:02}.png", size=(64, 64), seed=index)
+    command = [sys.executable, "-m", "effad_lib.cli", "detect", str(model), str(images), "--out", str(out), "--watch"]
+    environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+
+    def done():
+        return len(list((out / "results").glob("*.json")))
+
+    said = []
+    for wanted in (3, 7, 12):
+        process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True)
+        limit = time.monotonic() + 120
+        while done() < wanted and time.monotonic() < limit:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(end if wanted == 12 else signal.SIGKILL)
+        said.append(process.communicate(timeout=60)[0])
+        for path in (out / "results").glob("*.json"):
+            assert json.loads(path.read_text())["error"] == ""
+    assert process.returncode == 0 and "images judged" in said[-1]
+    judged = [line.partition(":")[0] for text in said for line in text.splitlines() if ", score " in line]
+    assert len(judged) == len(set(judged)) and done() == 12  # at most the one in hand was not yet told
+    with open(out / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [f"{index:02}.png" for index in range(12)]
+    assert np.isfinite([float(row["score"]) for row in rows]).all()

@@ -6,14 +6,9 @@ import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from effad_lib import reading, watching
@@ -22,7 +17,7 @@ from effad_lib.detection import Wanted, detect
 from effad_lib.detector import EfficientAD
 from effad_lib.execution.lock import LockError
 from effad_lib.images import ImageError
-from effad_lib.runs import PROJECT, RunError
+from effad_lib.runs import RunError
 from effad_lib.settings import SettingsError
 from effad_lib.watching import watch
 
@@ -371,36 +366,3 @@ def test_a_look_asks_the_system_for_each_image_once(small_detector, picture, tmp
     assert list(found) == ["a.png", "b.png", "sub/c.png"]
     assert found["b.png"].size == (tmp_path / "in" / "b.png").stat().st_size
     assert len(resolved) == 2  # the folder and that of the results
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM], ids=lambda end: end.name)
-def test_killed_at_any_moment_nothing_is_lost_and_nothing_twice(model, picture, tmp_path, end):
-    """Twice killed, once stopped by Ctrl-C or as a service is: every image has one whole result."""
-    images, out = tmp_path / "in", tmp_path / "out"
-    for index in range(12):
-        picture(images / f"{index:02}.png", size=(64, 64), seed=index)
-    command = [sys.executable, "-m", "effad_lib.cli", "detect", str(model), str(images), "--out", str(out), "--watch"]
-    environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
-
-    def done():
-        return len(list((out / "results").glob("*.json")))
-
-    said = []
-    for wanted in (3, 7, 12):
-        process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True)
-        limit = time.monotonic() + 120
-        while done() < wanted and time.monotonic() < limit:
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(end if wanted == 12 else signal.SIGKILL)
-        said.append(process.communicate(timeout=60)[0])
-        for path in (out / "results").glob("*.json"):
-            assert json.loads(path.read_text())["error"] == ""
-    assert process.returncode == 0 and "images judged" in said[-1]
-    judged = [line.partition(":")[0] for text in said for line in text.splitlines() if ", score " in line]
-    assert len(judged) == len(set(judged)) and done() == 12  # at most the one in hand was not yet told
-    with open(out / "scores.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["file"] for row in rows] == [f"{index:02}.png" for index in range(12)]
-    assert np.isfinite([float(row["score"]) for row in rows]).all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import re
 import sys
 import warnings
@@ -12,7 +11,7 @@ from collections.abc import Callable
 
 from effad_lib import __version__
 from effad_lib.cli import benchmarks, data, deployment, designs, detectors, notebooks, teachers
-from effad_lib.cli.options import Parser, say
+from effad_lib.cli.options import Parser, mute, say
 
 # A command imports what it needs when it runs, so that `effad --help` does not wait for torch.
 
@@ -70,8 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(file=sys.stderr)
             say(str(interrupt) or "stopped: what was finished before is kept.")
             return 130
-        except BrokenPipeError:  # the reader of our output has left, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:
+            mute()
             return 0
         except (OSError, ValueError, RuntimeError) as error:
             # Our own errors are written for people; those from deeper are faults and keep their traceback.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from effad_lib.cli.options import Option, add_data_files, add_options, allow_data_files, given, settings_options
+from effad_lib.cli.options import Option, add_data_files, add_options, allow_data_files, given, mute, settings_options
 from effad_lib.runs import printable
 
 
@@ -143,7 +142,7 @@ def _print(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        mute()
 
 
 def detect(options: argparse.Namespace) -> int:

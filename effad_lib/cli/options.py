@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import os
 import re
 import sys
 import typing
@@ -20,6 +21,11 @@ PATHS = frozenset({"run_folder", "runs", "data_root", "penalty_images", "images"
 def say(message: object) -> None:
     """Print a message of one or more lines, whatever names it holds, to the terminal."""
     print("effad:", printable(message, keep="\n\t"), file=sys.stderr)
+
+
+def mute() -> None:
+    """Let what is printed from now on go nowhere: the reader of our output has left, as `head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Parser(argparse.ArgumentParser):

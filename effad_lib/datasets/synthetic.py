@@ -17,12 +17,18 @@ def place_of(root: str | Path | None, category: str) -> Path:
     return resolve(root or "data/synthetic") / (category or synthesis.DEFAULT_PRODUCT)
 
 
-def check_rendered(root: str | Path | None, category: str) -> None:
-    """Raise `DatasetError` for a product that is not rendered yet, which a file from anybody may not ask for."""
+def is_rendered(root: str | Path | None, category: str) -> bool:
+    """Whether a product is there, so that `load_synthetic` only reads it."""
     from effad_lib import synthesis
 
-    if not ((folder := place_of(root, category)) / synthesis.MANIFEST).is_file():
-        raise DatasetError(f"no {folder / synthesis.MANIFEST}. Make it: effad synthesize {folder.name} {folder.parent}")
+    return (place_of(root, category) / synthesis.MANIFEST).is_file()
+
+
+def check_rendered(root: str | Path | None, category: str) -> None:
+    """Raise `DatasetError` for a product that is not rendered yet, which a file from anybody may not ask for."""
+    if not is_rendered(root, category):
+        folder = place_of(root, category)
+        raise DatasetError(f"no manifest.json in {folder}. Make it: effad synthesize {folder.name} {folder.parent}")
 
 
 @register("synthetic")
@@ -35,7 +41,7 @@ def load_synthetic(root: Path | None, category: str, seed: int, validation_share
 
     folder = place_of(root, category)
     root, category = folder.parent, folder.name
-    if not (folder / synthesis.MANIFEST).is_file():
+    if not is_rendered(root, category):
         if category == "photographs":
             raise DatasetError(f"no {folder / synthesis.MANIFEST}. Make it: effad damage YOUR_GOOD_PHOTOGRAPHS {root}")
         if category not in synthesis.product_names():

@@ -27,7 +27,17 @@ from effad_lib.images import NaturalImages
 from effad_lib.memory import enough_memory, kept_memory
 from effad_lib.networks import PDN, Layers
 from effad_lib.progress import progress
-from effad_lib.runs import Run, RunError, broken, check_plain, finish_step_on_interrupt, is_whole, readable, resolve
+from effad_lib.runs import (
+    Run,
+    RunError,
+    broken,
+    check_plain,
+    finish_step_on_interrupt,
+    is_whole,
+    not_finite,
+    readable,
+    resolve,
+)
 from effad_lib.settings import SettingsError, pick_device
 
 LOG_EVERY = 10
@@ -222,20 +232,17 @@ class Distiller:
         state = self.state(drawn)
         self._check_losses(state["recent"])
         if broken(state):
-            raise RunError(self._not_finite("a weight or a number of the optimiser's", f"after step {self.step}"))
+            raise self._not_finite("a weight or a number of the optimiser's", f"after step {self.step}")
         self.run.save_checkpoint("last", state)
 
     def _check_losses(self, recent: list[float]) -> None:
         """Raise `RunError` that names the first of the last steps whose loss is not finite."""
         for step, loss in enumerate(recent, self.step - len(recent) + 1):
             if not math.isfinite(loss):
-                raise RunError(self._not_finite("the loss", f"at step {step}"))
+                raise self._not_finite("the loss", f"at step {step}")
 
-    def _not_finite(self, what: str, where: str) -> str:
-        return (
-            f"{self.run.folder}: {what} is not finite {where}. The last checkpoint is from before; lower "
-            f"learning_rate (now {self.settings.learning_rate:g}) or use precision float32 in a new run folder."
-        )
+    def _not_finite(self, what: str, where: str) -> RunError:
+        return not_finite(self.run, what, where, self.settings.learning_rate)
 
     def state(self, drawn: Tensor) -> dict[str, Any]:
         """Return everything needed to continue; `drawn` is the generator's state after the last step's views."""

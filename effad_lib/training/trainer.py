@@ -21,7 +21,17 @@ from effad_lib.images import NaturalImages, change_colour, draw_colours, to_floa
 from effad_lib.memory import kept_memory
 from effad_lib.networks import initialise
 from effad_lib.progress import progress
-from effad_lib.runs import Run, RunError, broken, check_plain, finish_step_on_interrupt, is_whole, readable, write_text
+from effad_lib.runs import (
+    Run,
+    RunError,
+    broken,
+    check_plain,
+    finish_step_on_interrupt,
+    is_whole,
+    not_finite,
+    readable,
+    write_text,
+)
 from effad_lib.settings import cores
 from effad_lib.training.settings import TrainingSettings
 from effad_lib.training.step import HEAD_RATES, Draw, Losses, step_factor, training_losses
@@ -193,16 +203,13 @@ class Trainer:
         if (first := int(self.first_bad)) >= 0:
             step = self.step - len(self.drawn) + first + 1
             images = ", ".join(str(self.names[k]) if self.names else f"image {k}" for k in self.drawn[first].tolist())
-            raise RunError(self._not_finite(f"at step {step}, on {images}"))
+            raise self._not_finite("a loss", f"at step {step}, on {images}")
         if broken(self.state()):
-            raise RunError(self._not_finite(f"after step {self.step}", "a weight or a number of the optimiser's"))
+            raise self._not_finite("a weight or a number of the optimiser's", f"after step {self.step}")
         self.drawn.clear()
 
-    def _not_finite(self, where: str, what: str = "a loss") -> str:
-        return (
-            f"{self.run.folder}: {what} is not finite {where}. The last checkpoint is from before; lower "
-            f"learning_rate (now {self.settings.learning_rate:g}) or use precision float32 in a new run folder."
-        )
+    def _not_finite(self, what: str, where: str) -> RunError:
+        return not_finite(self.run, what, where, self.settings.learning_rate)
 
     @torch.inference_mode()
     def dead_share(self) -> float:
@@ -253,7 +260,7 @@ class Trainer:
         row |= {"validation_student_autoencoder": student_autoencoder}
         row["validation"] = hard + autoencoder + student_autoencoder
         if not all(math.isfinite(value) for value in row.values()):
-            raise RunError(self._not_finite(f"at step {self.step}: {row}"))
+            raise self._not_finite("a loss", f"at step {self.step}: {row}")
         self.history.append(row)
         write_text(self.run.folder / "history.csv", pd.DataFrame(self.history).to_csv(index=False))
         self._keep(row["validation"])
