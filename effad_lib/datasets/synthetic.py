@@ -39,12 +39,14 @@ def load_synthetic(root: Path | None, category: str, seed: int, validation_share
     """
     from effad_lib import synthesis
 
+    category = category or synthesis.DEFAULT_PRODUCT
     folder = place_of(root, category)
-    root, category = folder.parent, folder.name
     if not is_rendered(root, category):
         if category == "photographs":
-            raise DatasetError(f"no {folder / synthesis.MANIFEST}. Make it: effad damage YOUR_GOOD_PHOTOGRAPHS {root}")
+            raise DatasetError(
+                f"no {folder / synthesis.MANIFEST}. Make it: effad damage YOUR_GOOD_PHOTOGRAPHS {folder.parent}"
+            )
         if category not in synthesis.product_names():
             raise DatasetError(f"unknown product {category!r}: {nearest(category, synthesis.product_names())}")
-        synthesis.synthesize(synthesis.SynthesisSettings(product=category, data_root=str(root)))
+        synthesis.synthesize(synthesis.SynthesisSettings(product=category, data_root=str(folder.parent)))
     return read_layout(folder, f"synthetic/{category}", seed, validation_share)
