@@ -40,6 +40,11 @@ def _is_calibration(value: Any) -> bool:
     return sound and value.get("rank", 1) in range(1, count + 1)
 
 
+def _is_range(value: Any) -> bool:
+    """Two numbers above 0, the first not the higher one."""
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and 0 < value[0] <= value[1]
+
+
 NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "size": (lambda value: isinstance(value, str), "the name of a network"),
     "channels": (_is_count, "a whole number of at least 1"),
@@ -52,6 +57,7 @@ NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
 KNOWN = NEEDED | {
     "pixel_threshold": (_is_threshold, "a number, or null"),
     "calibration": (_is_calibration, "scores and pixels of so many normals, sorted, and a rank among them"),
+    "aspects": (_is_range, "the lowest and the highest width of the training images, in heights"),
     "levels": (lambda value: isinstance(value, list) and all(map(is_number, value)), "two numbers, or none"),
 }
 """With those that models have had from some version on."""

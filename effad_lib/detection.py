@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from effad_lib.tiling import check_overlap, check_threshold, inspect_tiles
 
 NO_PIXEL_THRESHOLD = "this model has no pixel threshold: choose one, `effad threshold MODEL --normals FOLDER`."
 
+SQUEEZED = 1.05
+"""An image whose width, in heights, differs by more than this factor from those of the training is warned of."""
 
 HEATMAPS = ("all", "defective", "none")
 """Of which images a heatmap is drawn, which takes several times as long as judging one."""
@@ -202,6 +205,8 @@ def detect_one(
     Raises `ImageError` if it cannot be read or its name is too long for its results, and else as `detect`.
     """
     image = read_image(path, levels=detector.levels)
+    if wanted.tile_overlap is None:
+        _check_aspect(detector, image.shape[1:])
     mask = None if truth is None else read_mask(truth, image.shape[1:])
     try:
         found = inspect_one(detector, image, wanted.tile_overlap)
@@ -230,6 +235,23 @@ def detect_one(
     elif os.path.exists(picture):  # of another image of this name
         picture.unlink()
     return score, None if marked is None else float(marked.mean())
+
+
+def _check_aspect(detector: Inspector, size: Size) -> None:
+    """Warn, once for each size, of images that are squeezed into the model's size otherwise than those it learned from.
+
+    Models of before their cards knew pass.
+    """
+    low, high = detector.card.get("aspects", (0, math.inf))
+    aspect = size[1] / size[0]
+    if not low / SQUEEZED <= aspect <= high * SQUEEZED:
+        there = f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
+        warnings.warn(
+            f"images of {size[1]}×{size[0]} pixels look otherwise than those of the training when all are brought to "
+            f"{detector.image_size[1]}×{detector.image_size[0]}: their width is {aspect:.2f} of their height, there it "
+            f"was {there}. Cut them to that shape, or train a model on such images.",
+            stacklevel=1,
+        )
 
 
 def _heatmap(

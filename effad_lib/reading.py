@@ -13,7 +13,7 @@ from numbers import Integral
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -208,13 +208,14 @@ def fitted(image: np.ndarray, size: Size | None) -> np.ndarray:
     return np.array(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
 
-def image_size(path: str | Path) -> Size:
-    """Return height and width of an image file without decoding it, as it lies in the file.
+def image_size(path: str | Path, levels: Levels | None = None) -> Size:
+    """Return height and width of an image as `read_image` reads it, upright by its EXIF tag, without decoding it.
 
     Raises `ImageError` if it is no image, or of a mode that `read_image` refuses.
     """
-    with _opened(path, "an image") as image:
-        return image.height, image.width
+    with _opened(path, "an image", (*MODES, *SIXTEEN_BITS) if levels else MODES) as image:
+        lies = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (image.width, image.height) if lies else (image.height, image.width)
 
 
 @contextmanager

@@ -68,6 +68,25 @@ def test_the_decision_is_a_score_above_the_threshold(small_detector, picture, tm
         assert detect(small_detector, path, tmp_path / "out")["decision"][0] == decision
 
 
+@pytest.mark.parametrize(
+    ("aspects", "tile_overlap", "warned"),
+    [([1.0, 1.0], None, ["80×96", "128×64", "64×128"]), ([0.5, 2.0], None, []), (None, None, []), ([1.0, 1.0], 40, [])],
+    ids=["other shapes", "known shapes", "a card of before", "tiles"],
+)
+def test_images_that_are_squeezed_otherwise_than_in_training_are_warned_of_once_a_size(
+    small_detector, picture, tmp_path, monkeypatch, aspects, tile_overlap, warned
+):
+    monkeypatch.setattr(small_detector, "card", {} if aspects is None else {"aspects": aspects})
+    sizes = [(96, 80), (96, 80), (64, 128), (128, 64), (128, 64), (100, 98)]
+    for k, size in enumerate(sizes if tile_overlap is None else [(96, 80)]):
+        picture(tmp_path / "images" / f"{k}.png", size=size)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        detect(small_detector, tmp_path / "images", tmp_path / "out", heatmaps="none", tile_overlap=tile_overlap)
+    said = [str(one.message) for one in found if "pixels look otherwise" in str(one.message)]
+    assert len(said) == len(warned) and all(any(size in one for one in said) for size in warned), said
+
+
 def test_all_pictures_have_one_scale_and_the_truth_where_given(small_detector, picture, tmp_path, monkeypatch):
     drawn, draw = [], plots.heatmap_panel
 

@@ -17,6 +17,7 @@ from effad_lib.images import (
     augment_colour,
     check_levels,
     find_images,
+    image_size,
     load_images,
     read_image,
     read_mask,
@@ -138,6 +139,7 @@ def test_grey_palette_and_transparent_become_rgb(tmp_path, rng):
         (1, lambda x: x),
         (2, lambda x: x[:, ::-1]),
         (3, lambda x: x[::-1, ::-1]),
+        (5, lambda x: x.transpose(1, 0, 2)),
         (6, lambda x: np.rot90(x, -1)),
         (8, lambda x: np.rot90(x)),
     ],
@@ -148,6 +150,7 @@ def test_exif_orientation_is_applied(tmp_path, rng, orientation, upright):
     exif[0x0112] = orientation
     path = save(tmp_path / "a.png", pixels, exif=exif)
     assert np.array_equal(read_image(path), upright(pixels).transpose(2, 0, 1))
+    assert image_size(path) == upright(pixels).shape[:2]
 
 
 def test_resizing_is_antialiased_bilinear(tmp_path, rng):

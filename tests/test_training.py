@@ -96,6 +96,7 @@ def test_losses_fall_and_the_model_reloads_to_the_same_maps(start):
         for one, other in zip(detector(image), again(image), strict=True):
             assert torch.equal(one, other)
     assert again.threshold == detector.threshold and again.card["steps"] == 60
+    assert again.card["aspects"] == [1, 1]
     assert (run.folder / "parameters.yaml").is_file() and any((run.folder / "tensorboard").iterdir())
     assert not run.done, "a training alone has no metrics yet"
 

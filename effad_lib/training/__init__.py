@@ -10,7 +10,7 @@ from effad_lib.calibration import calibrate, rank
 from effad_lib.datasets import Split, verify_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import load_teacher
-from effad_lib.images import NaturalImages, check_levels, load_images
+from effad_lib.images import NaturalImages, check_levels, image_size, load_images
 from effad_lib.memory import enough_memory
 from effad_lib.provenance import note_provenance
 from effad_lib.runs import Run, resolve
@@ -62,6 +62,8 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
     detector = EfficientAD(settings.size, teacher.out_channels, settings.padding, size)
     detector.levels = levels
     detector.teacher.load_state_dict(teacher.state_dict())
+    shapes = [image_size(sample.image, levels) for sample in (*split.train, *split.validation)]
+    aspects = [width / height for height, width in shapes]
     sizes = {name: getattr(settings, name) for name in ("size", "image_size", "batch_size", "cache_gb")}
     with enough_memory(run.folder, sizes):
         trainer = Trainer(
@@ -87,6 +89,7 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
         "data": split.name,
         "training_images": len(split.train),
         "validation_images": len(split.validation),
+        "aspects": [min(aspects), max(aspects)],
         "teacher": {name: teacher_card.get(name) for name in ("network", "sha256")},
         "natural_images": len(natural) - len(natural.skipped),
         "steps": trainer.step,
