@@ -90,8 +90,8 @@ class Exported(ABC):
             reason = str(error).strip().splitlines()  # the last says it, those before it where in C++
             raise SettingsError(
                 f"model {path}: not a whole effad export that this runtime can use "
-                f"({reason[-1] if reason else type(error).__name__}). Export it again, with a lower --opset if this "
-                f"runtime is older than the one there."
+                f"({reason[-1] if reason else type(error).__name__}). Export it again; if this runtime is older than the "
+                f"one there or lacks an operator, with a lower --opset or --precision float32."
             ) from error
 
     @abstractmethod
@@ -126,7 +126,10 @@ class Exported(ABC):
 
 
 class OnnxDetector(Exported):
-    """An exported detector in ONNX Runtime."""
+    """An exported detector in ONNX Runtime.
+
+    On graphics cards too it computes in what the file says, without TF32, which would cut float32 to ten bits.
+    """
 
     def _open(self, path: Path, device: str, threads: int) -> str:
         try:
@@ -138,7 +141,8 @@ class OnnxDetector(Exported):
         name = _device(device, there, "cuda")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
-        wanted = list(dict.fromkeys([providers[name], "CPUExecutionProvider"]))
+        wanted = [(providers["cuda"], {"use_tf32": "0"})] if name == "cuda" else []
+        wanted.append(providers["cpu"])
         self._session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
         ran = self._session.get_providers()[0]
         if ran != providers[name] and device != "auto":

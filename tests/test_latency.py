@@ -74,9 +74,17 @@ def test_a_device_that_does_not_start_is_told_of(exports, monkeypatch):
         assert load_exported(path).device == "cpu"
     with pytest.warns(UserWarning), pytest.raises(SettingsError, match=r"'cuda': .* could not start it, and took CPU"):
         load_exported(path, "cuda")
+    asked, start = [], onnxruntime.InferenceSession.__init__
+
+    def session(self, *given, providers, **options):
+        asked.append(providers)
+        start(self, *given, providers=providers, **options)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "__init__", session)
     monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda _: both)
     with pytest.warns(UserWarning):
         assert load_exported(path).device == load_exported(path, "cuda").device == "cuda"
+    assert asked == 2 * [[("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]]
 
 
 def test_calls_take_turns_and_slow_ones_are_left_out(monkeypatch):
