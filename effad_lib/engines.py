@@ -90,8 +90,8 @@ class Exported(ABC):
             reason = str(error).strip().splitlines()  # the last says it, those before it where in C++
             raise SettingsError(
                 f"model {path}: not a whole effad export that this runtime can use "
-                f"({reason[-1] if reason else type(error).__name__}). Export it again; if this runtime is older than the "
-                f"one there or lacks an operator, with a lower --opset or --precision float32."
+                f"({reason[-1] if reason else type(error).__name__}). Export it again; if this runtime is older than "
+                f"the one there or lacks an operator, with a lower --opset or --precision float32."
             ) from error
 
     @abstractmethod
