@@ -56,8 +56,11 @@ def short(value: Any) -> str:
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is text."""
-    return isinstance(value, str)
+    """Whether a value is text that can be written: without the letters by which Python keeps bytes that are none."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:

@@ -11,7 +11,7 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any, Self
 
-from effad_lib.documents import MOST_BITS, short
+from effad_lib.documents import MOST_BITS, is_text, short
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +120,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         return origin(_checked(name, item, inner[0]) for item in value)
     if isinstance(value, int) and value.bit_length() > MOST_BITS:
         raise SettingsError(f"{name} = {short(value)}: {name} takes no whole number of more than {MOST_BITS} bits.")
+    if isinstance(value, str) and not is_text(value):
+        raise SettingsError(f"{name} = {short(value)}: {name} takes text, which this is not in UTF-8.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is hint and not (hint is float and math.isnan(value)):
