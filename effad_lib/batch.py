@@ -16,7 +16,7 @@ from effad_lib.evaluation import evaluate_run, finish_run
 from effad_lib.execution import execute, import_papermill
 from effad_lib.images import packaged_photographs
 from effad_lib.profiles import NOTEBOOKS, Step, load_profile, notebook_parameters
-from effad_lib.runs import Run, RunError, from_project
+from effad_lib.runs import Run, RunError, from_project, printable
 from effad_lib.training import HEAD_RATES, TrainingSettings, train
 
 __all__ = [
@@ -173,7 +173,7 @@ def as_text(table: pd.DataFrame) -> str:
     def shown(name: str, value: Any) -> str:
         if value is None or value != value:
             return "–"
-        return f"{value:.0f}" if name == "seconds" else f"{value:.3f}" if isinstance(value, float) else str(value)
+        return f"{value:.0f}" if name == "seconds" else f"{value:.3f}" if isinstance(value, float) else printable(value)
 
     lines = [list(COLUMNS.values())]
     lines += [[shown(name, row[name]) for name in COLUMNS] for row in table.to_dict("records")]

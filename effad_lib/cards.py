@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
-from effad_lib.documents import parse_json
+from effad_lib.documents import Takes, fault, is_number, is_seconds, is_text, is_whole, parse_json
 from effad_lib.reading import check_levels, check_size
 
 
@@ -14,13 +12,8 @@ class CardError(ValueError):
     """A card with a field that is missing or impossible; the message names it, what it holds and what it takes."""
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are none."""
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
+    return is_whole(value, least=1)
 
 
 def _is_threshold(value: Any) -> bool:
@@ -45,8 +38,8 @@ def _is_range(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and 0 < value[0] <= value[1]
 
 
-NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "size": (lambda value: isinstance(value, str), "the name of a network"),
+NEEDED: Takes = {
+    "size": (is_text, "the name of a network"),
     "channels": (_is_count, "a whole number of at least 1"),
     "padding": (lambda value: isinstance(value, bool), "true or false"),
     "image_size": (lambda value: isinstance(value, list), "height and width"),
@@ -59,6 +52,9 @@ KNOWN = NEEDED | {
     "calibration": (_is_calibration, "scores and pixels of so many normals, sorted, and a rank among them"),
     "aspects": (_is_range, "the lowest and the highest width of the training images, in heights"),
     "levels": (lambda value: isinstance(value, list) and all(map(is_number, value)), "two numbers, or none"),
+    "data": (is_text, "a name"),
+    "seconds": (is_seconds, "seconds"),
+    "steps": (is_whole, "a whole number"),
 }
 """With those that models have had from some version on."""
 
@@ -66,16 +62,8 @@ KNOWN = NEEDED | {
 def read_card(text: str) -> dict[str, Any]:
     """Return the card of a model from its JSON. Raises `CardError`, `DocumentError` or `ImageError`."""
     card = parse_json(text, "its card")
-    if missing := [name for name in NEEDED if name not in card]:
-        raise CardError(f"its card has no {missing[0]}")
-    for name, (is_sound, takes) in KNOWN.items():
-        if name in card and not is_sound(card[name]):
-            raise CardError(f"its card has {name} = {_short(card[name])}, which takes {takes}")
+    if wrong := fault(card, KNOWN, NEEDED):
+        raise CardError(f"its card {wrong}")
     check_size(card["image_size"])
     check_levels(card.get("levels", ()))
     return card
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +12,18 @@ import pandas as pd
 import torch
 
 from effad_lib.backbones import load_backbone
+from effad_lib.checkpoints import readable
 from effad_lib.datasets import Split, verify
 from effad_lib.distillation import DistillationSettings, recipe
 from effad_lib.distillation.loop import Distiller, sources
 from effad_lib.distillation.processes import Processes
 from effad_lib.distillation.targets import RecordedViews, Views, photographs
+from effad_lib.documents import Takes, is_number, is_share, read_json
 from effad_lib.images import Size
 from effad_lib.networks import OUT, PDN, PDN_LAYERS, Autoencoder, Conv, Layers, Pool, multiply_adds
 from effad_lib.probing import METRICS, check, probe
 from effad_lib.progress import progress
-from effad_lib.runs import Run, resolve, write_json, write_text
+from effad_lib.runs import Run, RunError, resolve, write_json, write_text
 from effad_lib.settings import SettingsError, nearest, pick_device
 
 DESIGNS: dict[str, Layers] = {
@@ -55,6 +56,9 @@ DESIGNS: dict[str, Layers] = {
 
 EXPLORATION: dict[str, Any] = recipe("cpu") | {"steps": 600, "learning_rate": 2e-3, "run_folder": "runs/designs"}
 """Settings to start from: the recipe for CPUs with the rate of the shipped XS, in few steps."""
+
+DISTILLED: Takes = dict.fromkeys(("held_out_loss", "explained_variance"), (is_number, "a number"))
+"""What `metrics.json` of each design says for the table."""
 
 
 def check_design(name: str) -> str:
@@ -136,7 +140,8 @@ def explore(
             run.finish(
                 {"held_out_loss": loss, "explained_variance": sum(explained) / len(explained), "seconds": seconds}
             )
-        found = {metric: run.metrics[metric] for metric in ("held_out_loss", "explained_variance")}
+        found = read_json(run.folder / "metrics.json", takes=DISTILLED, needed=DISTILLED)
+        found = {metric: found[metric] for metric in DISTILLED}
         found |= _probed(name, run, own, splits, {"image_size": list(image_size), "bank": bank, "seed": own.seed})
         rows.append({"design": name, "layers": describe(DESIGNS[name]), **costs[name], "steps": own.steps, **found})
         write_text(out, pd.DataFrame(rows).round(4).to_csv(index=False, lineterminator="\n"))
@@ -148,9 +153,13 @@ def _probed(
 ) -> dict[str, float]:
     """Return what probes find of a distilled design, each kept in the run's `probe.json` and taken from there."""
     path = run.folder / "probe.json"
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    pdn = PDN(settings.size, settings.channels, True, DESIGNS[name])
-    pdn.load_state_dict(run.load_checkpoint()["pdn"])
+    takes = dict.fromkeys((split.name for split in splits), (_is_probed, f"found values of {', '.join(METRICS)}"))
+    kept = read_json(path, takes=takes) if path.is_file() else {}
+    pdn, state = PDN(settings.size, settings.channels, True, DESIGNS[name]), run.load_checkpoint()
+    if state is None:
+        raise RunError(f"{run.folder} has lost its checkpoint. Delete the run to distil this design anew.")
+    with readable(run, state):
+        pdn.load_state_dict(state["pdn"])
     pdn = pdn.to(pick_device(settings.device)).eval().requires_grad_(False)
     found = {}
     for split in splits:
@@ -163,6 +172,11 @@ def _probed(
             if value is not None:
                 found[f"{METRICS[metric]} {split.name}"] = value
     return found
+
+
+def _is_probed(value: Any) -> bool:
+    found = value.get("found") if isinstance(value, dict) else None
+    return isinstance(found, dict) and found.keys() == METRICS.keys() and all(map(is_share, found.values()))
 
 
 def describe(layers: Layers) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,8 +21,70 @@ MOST_BITS = 64
 """A whole number of more bits is refused: none of ours is as large, and it can overflow whatever reckons with it."""
 
 
+Takes = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""For names of values what each takes: whether a value is sound, and how an error says it."""
+
+
 class DocumentError(ValueError):
     """A file that is not whole, or not of its kind; the message names it and what is wrong."""
+
+
+# --- plain values ---------------------------------------------------------------------------------------------------
+
+
+def fault(values: Mapping[str, Any], takes: Takes, needed: Iterable[str] = ()) -> str | None:
+    """Return what is wrong with named values, as in "has no size" or "has size = 3, which takes a name"; or None.
+
+    A name that is not `needed` may be missing, and one that `takes` does not know may have any value.
+    """
+    for name in needed:
+        if name not in values:
+            return f"has no {name}"
+    for name, (is_sound, what) in takes.items():
+        if name in values and not is_sound(values[name]):
+            return f"has {name} = {short(values[name])}, which takes {what}"
+    return None
+
+
+def short(value: Any) -> str:
+    """Return a value as an error shows it, in at most 80 characters."""
+    try:
+        text = " ".join(repr(value).split())  # that of a tensor has lines
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        text = f"{type(value).__name__} of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is text that can be written: without the letters by which Python keeps bytes that are none."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Whether a value is a finite number from `least` to `most`, whole ones of `MOST_BITS`; True and False are none."""
+    whole = type(value) is int and value.bit_length() <= MOST_BITS
+    return (whole or (type(value) is float and math.isfinite(value))) and least <= value <= most
+
+
+def is_whole(value: Any, least: int = 0, most: float = math.inf) -> bool:
+    """Whether a value is a whole number from `least` to `most`, of `MOST_BITS`; True and False are none."""
+    return type(value) is int and is_number(value, least, most)
+
+
+def is_share(value: Any) -> bool:
+    """Whether a value is a share from 0 to 1, or None for one that is not known; rounding may lead beyond."""
+    return value is None or is_number(value, -1e-6, 1 + 1e-6)
+
+
+def is_seconds(value: Any) -> bool:
+    """Whether a value is a time in seconds, of thirty years at most."""
+    return is_number(value, 0, 1e9)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def _whole(digits: str, read: Callable[[], int]) -> int:
@@ -69,23 +132,36 @@ def read_yaml(path: str | Path) -> Any:
         raise DocumentError(f"{path} is not YAML: it holds an impossible value ({error}).") from error
 
 
-def read_json(path: str | Path, kind: type = dict) -> Any:
-    """Return the `kind` of value, dict or list, that a JSON file holds. Raises `DocumentError`."""
-    return parse_json(_read(Path(path)), str(path), kind)
+def read_json(path: str | Path, kind: type = dict, takes: Takes | None = None, needed: Iterable[str] = ()) -> Any:
+    """Return the `kind` of value, dict or list, that a JSON file holds.
+
+    Raises `DocumentError` as `parse_json`, and for a dict in which there is a `fault`.
+    """
+    found = parse_json(_read(Path(path)), str(path), kind)
+    if wrong := fault(found, takes or {}, needed):
+        raise DocumentError(f"{path} {wrong}. Restore or delete it.")
+    return found
 
 
 def parse_json(text: str | bytes, source: str, kind: type = dict) -> Any:
     """Return the `kind` of value, dict or list, that a text in JSON holds; `source` is what an error calls it.
 
-    Raises `DocumentError` for what is not JSON, holds NaN, an infinity or a whole number of more than
-    `MOST_BITS`, or is of another kind.
+    Raises `DocumentError` for what is not JSON, holds NaN, an infinity, a whole number of more than `MOST_BITS` or text
+    that is none, and for another kind.
     """
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"it holds {constant}")
 
+    def finite(digits: str) -> float:
+        return value if math.isfinite(value := float(digits)) else refuse(digits)
+
+    def whole(digits: str) -> int:
+        return _whole(digits, lambda: int(digits))
+
     try:
-        value = json.loads(text, parse_constant=refuse, parse_int=lambda digits: _whole(digits, lambda: int(digits)))
+        value = json.loads(text, parse_constant=refuse, parse_float=finite, parse_int=whole)
+        json.dumps(value, ensure_ascii=False).encode()  # half a character, such as "\ud800", could not be written
     except (ValueError, RecursionError) as error:
         raise DocumentError(f"{source} is not JSON: {error}. Restore or delete it.") from error
     if not isinstance(value, kind):
@@ -109,6 +185,8 @@ def _count(node: yaml.Node, path: Path, known: dict[int, int | None]) -> int:
             raise DocumentError(f"{path}, line {node.start_mark.line + 1}: an alias stands for what it is part of.")
         return count
     known[id(node)] = None
+    if isinstance(node, yaml.ScalarNode):
+        node.value.encode()  # half a character, such as "\ud800", could not be written
     children: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))

@@ -16,7 +16,7 @@ from effad_lib.datasets.synthetic import is_rendered
 from effad_lib.distillation import DistillationSettings, load_teacher
 from effad_lib.documents import DocumentError, read_yaml
 from effad_lib.evaluation import EvaluationSettings
-from effad_lib.execution.notebooks import Task, executed_record, source_hash
+from effad_lib.execution.notebooks import Task, executed_metadata, source_hash
 from effad_lib.latency import LatencySettings
 from effad_lib.published import PUBLISHED_DATA
 from effad_lib.runs import PROJECT, Run, from_project, resolve
@@ -101,7 +101,7 @@ class Step:
     @property
     def done(self) -> bool:
         """Whether the notebook was executed to its end with these parameters; only then it has the record."""
-        made = executed_record(self.output)
+        made = executed_metadata(self.output, "effad")
         return made is not None and made == self.record
 
 

@@ -62,11 +62,13 @@ def published(data: str, size: str) -> pd.DataFrame:
     """Return the published figures for a data set such as "mvtec_ad/screw" and a size: a row for each source.
 
     Columns are names of our metrics; each row says of which size it is, and for our own XS these are the figures of S.
-    No row if nothing is published for the data set.
+    No row if nothing is published for the data set or for networks of that size.
     """
     name, _, category = data.partition("/")
     size = "S" if size == "XS" else size
     rows: dict[str, dict[str, float]] = {}
+    if size not in PAPER_AU_PRO:
+        name = ""
     if name in PAPER:
         rows[f"the paper, {size}, mean of all categories of {name}"] = PAPER[name][size]
         rows[f"the paper, {size}, mean of mvtec_ad, visa and mvtec_loco"] = {"au_pro": PAPER_AU_PRO[size]}

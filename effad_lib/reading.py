@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from effad_lib.documents import is_text
+
 Size = tuple[int, int]
 """Height and width in pixels."""
 
@@ -132,7 +134,7 @@ def image_entries(
                 continue
             if not is_folder and not (os.path.splitext(entry.name)[1].lower() in SUFFIXES and _is_file(entry)):
                 continue
-            if not _is_text(entry.name):
+            if not is_text(entry.name):
                 kind = "folder" if is_folder else "file"
                 refuse(ImageError(f"{here}: the name {os.fsencode(entry.name)} is not UTF-8. Rename the {kind}."))
             elif is_folder:
@@ -141,15 +143,6 @@ def image_entries(
                 yield entry
 
     yield from below(str(folder))
-
-
-def _is_text(name: str) -> bool:
-    """Whether a name holds none of the letters by which Python keeps bytes that are no text."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_inside(link: str, root: Path, apart: Path | None) -> bool:

@@ -13,15 +13,18 @@ from matplotlib.figure import Figure
 
 from effad_lib import plots
 from effad_lib.batch import departures
-from effad_lib.evaluation import MAP_NAMES, Evaluation, worst_mistakes
+from effad_lib.evaluation import MAP_NAMES, Evaluation, told_data, worst_mistakes
 from effad_lib.images import Size, load_images
 from effad_lib.published import PUBLISHED_DATA, published
-from effad_lib.runs import Run, RunError, from_project, resolve, write_bytes, write_text
+from effad_lib.runs import Run, RunError, from_project, printable, resolve, write_bytes, write_text
 from effad_lib.settings import SettingsError
 from effad_lib.training import TrainingSettings
 
 COMPARED = ("image_auroc", "image_ap", "pixel_auroc", "au_pro", "au_pro_05", "image_auroc_mean", "au_spro_05_mean")
 """Metrics of `metrics.json` that runs are compared by; the last two exist for MVTec LOCO only."""
+
+EVALUATED = ("image_auroc", "data", "size")
+"""What `metrics.json` of every evaluation has."""
 
 STYLE = (
     "body{font:15px sans-serif;max-width:960px;margin:2em auto}img{max-width:100%}"
@@ -109,13 +112,13 @@ def across(folders: Iterable[str | Path]) -> pd.DataFrame:
     differ -= {"run_folder", "seed", "device", "data_root", "dataset", "category", "size"}
     metrics = {folder: Run(folder).metrics for folder in made}
     sources: dict[str, set[str]] = {}
-    for folder, parameters in made.items():
-        sources.setdefault(metrics[folder]["data"], set()).add(_source(parameters))
+    for folder in made:
+        sources.setdefault(metrics[folder]["data"], set()).add(_source(folder))
     rows = []
     for folder, parameters in made.items():
         data, size = metrics[folder]["data"], metrics[folder]["size"]
         named = [f"{name} {parameters.get(name)}" for name in sorted(differ)]
-        named += [_source(parameters)] if len(sources[data]) > 1 else []
+        named += [_source(folder)] if len(sources[data]) > 1 else []
         rows.append({"run": ", ".join([f"{data} {size}", *named])} | {n: metrics[folder].get(n) for n in COMPARED})
     table = pd.DataFrame(rows).set_index("run").astype(float)
     table = table.loc[:, table.notna().any() | (table.columns == "image_auroc")]
@@ -147,22 +150,26 @@ def beside_published(folders: Iterable[str | Path]) -> str:
         said.setdefault(_difference(parameters), []).append(from_project(folder))
     for difference, names in said.items():
         lines += [f"  {', '.join(names)}", difference]
-    return "\n".join(lines)
+    return printable("\n".join(lines), keep="\n")
 
 
 def _parameters(folders: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
     made = {}
     for folder in map(resolve, folders):
         run = Run(folder)
-        if not run.done or "image_auroc" not in run.metrics:
-            raise RunError(f"{folder} holds no evaluation. Make one: effad evaluate {folder}")
+        measured = run.metrics if run.done else {}
+        if missing := [name for name in EVALUATED if name not in measured]:
+            raise RunError(
+                f"{folder} holds no evaluation: no {missing[0]} in its metrics.json. Make one: effad evaluate {folder}"
+            )
         made[folder] = run.parameters
     return made
 
 
-def _source(parameters: Mapping[str, Any]) -> str:
-    """The data set and its folder; "" for a published one, which is the same wherever it lies."""
-    dataset, root = parameters["dataset"], parameters["data_root"]
+def _source(folder: Path) -> str:
+    """The data set of a run and its folder; "" for a published one, which is the same wherever it lies."""
+    told = told_data(Run(folder))
+    dataset, root = told["dataset"], told["data_root"]
     if dataset in PUBLISHED_DATA:
         return ""
     return f"{dataset} in {from_project(resolve(root))}" if root else dataset

@@ -7,7 +7,6 @@ import csv
 import errno
 import io
 import json
-import math
 import os
 import shutil
 import signal
@@ -15,14 +14,24 @@ import tempfile
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from effad_lib.documents import DocumentError, read_json, read_yaml
+from effad_lib.documents import (
+    DocumentError,
+    Takes,
+    is_number,
+    is_seconds,
+    is_share,
+    is_text,
+    is_whole,
+    read_json,
+    read_yaml,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -166,7 +175,7 @@ def printable(text: Any, keep: str = "") -> str:
 def write_csv(path: str | Path, table: pandas.DataFrame) -> Path:
     """Write a table as CSV to `path` whole or not at all, its texts `harmless`."""
     texts = {name: column.map(harmless) for name, column in table.items() if column.dtype.kind == "O"}
-    as_csv = partial(table.assign(**texts).to_csv, index=False, lineterminator="\n")
+    as_csv = partial(table.assign(**texts).rename(columns=harmless).to_csv, index=False, lineterminator="\n")
     text = as_csv()
     if "\r" in text:  # Python before 3.13 leaves it unquoted, and readers take it for the end of a row
         text = as_csv(quoting=csv.QUOTE_NONNUMERIC)
@@ -187,6 +196,30 @@ def check_links(folder: Path) -> None:
 
 
 # --- the run folder -------------------------------------------------------------------------------------------------
+
+
+def _are_numbers(value: Any) -> bool:
+    return is_number(value) or (isinstance(value, list) and all(map(is_number, value)))
+
+
+SHARES = (
+    "image_auroc image_auroc_logical image_auroc_structural image_auroc_mean image_auroc_unnormalised image_ap "
+    "image_f1_max pixel_auroc pixel_ap pixel_f1_max au_pro au_pro_05 au_spro_05 au_spro_05_logical "
+    "au_spro_05_structural au_spro_05_mean"
+).split()
+
+METRICS: Takes = {
+    "data": (is_text, "a name"),
+    "size": (is_text, "the name of a network"),
+    **dict.fromkeys(SHARES, (is_share, "a share from 0 to 1, or null")),
+    **dict.fromkeys(("latency_ms", "loss"), (is_number, "a number")),
+    "latency_on": (is_text, "the name of a device"),
+    "seconds": (lambda value: value is None or is_seconds(value), "seconds, or null"),
+    "steps": (lambda value: value is None or is_whole(value), "a whole number, or null"),
+    "held_out_loss": (lambda value: value is None or is_number(value), "a number, or null"),
+    **dict.fromkeys(("losses", "explained_variance"), (_are_numbers, "numbers")),
+}
+"""What `metrics.json` of an evaluation or a distillation may say; a notebook of one's own may say more."""
 
 
 class Run:
@@ -216,10 +249,12 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The content of `metrics.json`. Raises `RunError` if the run is not done, `DocumentError` if it is broken."""
+        """The content of `metrics.json`. Raises `RunError` if the run is not done, `DocumentError` if it is broken or a
+        value of it is not what it takes in `METRICS`.
+        """
         if not self.done:
             raise RunError(f"{self.folder} has no metrics.json: the run is not finished. Evaluate it first.")
-        return read_json(self.folder / "metrics.json")
+        return read_json(self.folder / "metrics.json", takes=METRICS)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -232,9 +267,15 @@ class Run:
 
     @property
     def sources(self) -> dict[str, str]:
-        """Hashes by name of the files that the run is made from, such as its teacher; {} if none are known."""
+        """Hashes by name of the files that the run is made from, such as its teacher; {} if none are known.
+
+        Raises `DocumentError` if the file is broken.
+        """
         path = self.folder / "sources.json"
-        return read_json(path) if path.is_file() else {}
+        found = read_json(path) if path.is_file() else {}
+        if not all(map(is_text, found.values())):
+            raise DocumentError(f"{path} takes names, each with a hash. Restore or delete it.")
+        return found
 
     def check(self, settings: Settings, sources: dict[str, str] | None = None) -> None:
         """Raise `RunError` naming each difference if the folder holds a run of other settings or from other `sources`.
@@ -250,7 +291,7 @@ class Run:
         changed = {n for n in new.keys() | old.keys() if old.get(n) != new.get(n)} - settings.MAY_CHANGE
         what = [f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in sorted(changed)]
         for name, digest in (sources or {}).items():
-            if (made := str(self.sources.get(name, "unknown"))) != digest:
+            if (made := self.sources.get(name, "unknown")) != digest:
                 what.append(f"{name}: {made[:12]} there, {digest[:12]} now")
         if what:
             raise RunError(
@@ -297,54 +338,6 @@ class Run:
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write `metrics.json`: from now on the run counts as done."""
         write_json(self.folder / "metrics.json", metrics)
-
-
-@contextlib.contextmanager
-def readable(run: Run, state: Any) -> Iterator[None]:
-    """Turn what fails while a checkpoint's state is taken over into a `RunError`: it is of another version, or altered.
-
-    A state with NaN or infinite values is refused too: before each save a training stops if its state is `broken`.
-    """
-    try:
-        if not (fault := "holds NaN or infinite values" if broken(state) else ""):
-            yield
-    except RunError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        fault = f"is not of this version or was altered ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-    if fault:
-        raise RunError(f"{run.folder}: its checkpoint {fault}. Delete the run's checkpoints to start it anew.")
-
-
-def not_finite(run: Run, what: str, where: str, learning_rate: float) -> RunError:
-    """Return what to say of a training or distillation that stops since something of it is not finite."""
-    return RunError(
-        f"{run.folder}: {what} is not finite {where}. The last checkpoint is from before; lower learning_rate (now "
-        f"{learning_rate:g}) or use precision float32 in a new run folder."
-    )
-
-
-def check_plain(state: dict[str, Any], takes: Mapping[str, tuple[Callable[[Any], bool], str]]) -> None:
-    """Raise `ValueError` that names the first plain value of a checkpoint's state that is not what it takes."""
-    for name, (is_sound, what) in takes.items():
-        if not is_sound(value := state[name]):
-            raise ValueError(f"{name} = {repr(value)[:80]}, which takes {what}")
-
-
-def is_whole(value: Any, most: float = math.inf) -> bool:
-    """Whether a value is a whole number from 0 to `most`; True and False are none."""
-    return type(value) is int and 0 <= value <= most
-
-
-def broken(value: Any) -> bool:
-    """Whether a tensor or a number anywhere in a state is not finite: such a state is neither saved nor continued."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return any(map(broken, value))
-    if isinstance(value, float):
-        return not math.isfinite(value)
-    return hasattr(value, "isfinite") and not bool(value.isfinite().all())
 
 
 @contextlib.contextmanager

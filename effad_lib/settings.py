@@ -11,6 +11,8 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any, Self
 
+from effad_lib.documents import MOST_BITS, is_text, short
+
 if TYPE_CHECKING:
     import torch
 
@@ -114,8 +116,12 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (tuple, list):
         if not isinstance(value, (list, tuple)):
-            raise SettingsError(f"{name} = {value!r}: {name} takes a list of {inner[0].__name__}.")
+            raise SettingsError(f"{name} = {short(value)}: {name} takes a list of {inner[0].__name__}.")
         return origin(_checked(name, item, inner[0]) for item in value)
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise SettingsError(f"{name} = {short(value)}: {name} takes no whole number of more than {MOST_BITS} bits.")
+    if isinstance(value, str) and not is_text(value):
+        raise SettingsError(f"{name} = {short(value)}: {name} takes text, which this is not in UTF-8.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is hint and not (hint is float and math.isnan(value)):
@@ -123,7 +129,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     remedy = ""
     if isinstance(value, str) and hint in (int, float):
         remedy = " YAML reads 1e-4 as text: write 1.0e-4." if "e" in value.lower() else " Remove the quotes."
-    raise SettingsError(f"{name} = {value!r}: {name} takes {hint.__name__}, not {type(value).__name__}.{remedy}")
+    raise SettingsError(f"{name} = {short(value)}: {name} takes {hint.__name__}, not {type(value).__name__}.{remedy}")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -138,7 +144,7 @@ def pick_device(name: str = "auto") -> torch.device:
         name = next(device for device in ("cuda", "mps", "cpu") if there[device])
     kind, _, number = name.partition(":")
     last = torch.cuda.device_count() if kind == "cuda" else 1
-    if there.get(kind, False) and (not number or (number.isdigit() and int(number) < last)):
+    if there.get(kind, False) and (not number or number in map(str, range(last))):
         return torch.device(name)
     here = ", ".join(device for device, is_there in there.items() if is_there)
     raise SettingsError(f"device = {name!r}: not available here. Use 'auto' or one of: {here}.")

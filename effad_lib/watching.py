@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from effad_lib.cards import is_number
 from effad_lib.detection import COLUMNS, WATCH_LOCK, Wanted, decision, detect_one, inside, write_table
-from effad_lib.documents import DocumentError, read_json
+from effad_lib.documents import DocumentError, is_number, read_json
 from effad_lib.engines import Inspector
 from effad_lib.execution.lock import Lock, LockError
 from effad_lib.memory import kept_memory

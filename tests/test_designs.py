@@ -1,5 +1,7 @@
 """Designs of PDNs: their geometry, their cost, and a comparison whose table no interruption changes."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +10,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from trust import refused
 
 from effad_lib import designs
 from effad_lib.backbones import load_backbone
@@ -18,7 +21,7 @@ from effad_lib.distillation import DistillationSettings
 from effad_lib.distillation.targets import RecordedViews, Views
 from effad_lib.images import ImageError, NaturalImages
 from effad_lib.networks import PDN
-from effad_lib.runs import RunError
+from effad_lib.runs import Run, RunError
 from effad_lib.settings import SettingsError
 
 
@@ -162,6 +165,44 @@ def test_an_interrupted_comparison_ends_in_the_same_table(settings, product, tmp
     monkeypatch.setitem(designs.DESIGNS, TWO[0], DESIGNS["XS"])
     with pytest.raises(RunError, match=r"strided-narrow holds a run with other settings \(layers: "):
         explore(TWO, stopped, [product], out, **SMALL)
+
+
+ALTERED = {  # a file of a distilled design, its content, and what is said
+    "loss as text": ("metrics.json", '{"held_out_loss": "x", "explained_variance": 0.5}', "held_out_loss = 'x'"),
+    "no loss": (
+        "metrics.json",
+        '{"explained_variance": 0.5}',
+        r"metrics\.json has no held_out_loss. Restore or delete",
+    ),
+    "shares as list": ("metrics.json", '{"held_out_loss": 1.0, "explained_variance": [0.5]}', "takes a number"),
+    "probes as list": ("probe.json", "[]", r"probe\.json holds list where names with values should be"),
+    "a probe as number": ("probe.json", '{"folder/product": 3}', "folder/product = 3, which takes found values of"),
+    "nothing found": ("probe.json", '{"folder/product": {"how": {}, "found": {}}}', "which takes found values of"),
+    "found text": (
+        "probe.json",
+        '{"folder/product": {"how": {}, "found": {"image_auroc": "x", "au_pro": null}}}',
+        "which takes found values of image_auroc, au_pro",
+    ),
+    "words": ("checkpoints/last.pt", "x", "cannot be read as a checkpoint"),
+}
+
+
+def test_distilled_designs_that_were_altered_are_refused(settings, product, tmp_path):
+    made, out = settings("altered", steps=1), tmp_path / "altered.csv"
+    explore(TWO[:1], made, [product], out, **SMALL)
+    folder = tmp_path / "altered" / TWO[0]
+    for name, content, says in ALTERED.values():
+        whole = (folder / name).read_bytes()
+        (folder / name).write_text(content)
+        refused(lambda: explore(TWO[:1], made, [product], out, **SMALL), says)
+        (folder / name).write_bytes(whole)
+    run = Run(folder)
+    state = run.load_checkpoint()
+    for change in ({"pdn": 3}, {"pdn": {}}, {"pdn": {name: value * math.nan for name, value in state["pdn"].items()}}):
+        run.save_checkpoint("last", state | change)
+        refused(lambda: explore(TWO[:1], made, [product], out, **SMALL), "its checkpoint (is not of this|holds NaN)")
+    (folder / "checkpoints" / "last.pt").unlink()
+    refused(lambda: explore(TWO[:1], made, [product], out, **SMALL), "has lost its checkpoint. Delete the run")
 
 
 def test_what_cannot_work_is_said_before_work(settings, product, tmp_path):

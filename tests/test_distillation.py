@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shlex
@@ -350,12 +351,28 @@ def test_resume_with_other_settings_is_refused(settings):
         distil(settings(learning_rate=2e-3))
 
 
+LEARNED_WRONG = (  # changes of the state of an optimiser
+    lambda kept: kept["param_groups"][0].update(betas="x"),
+    lambda kept: kept["param_groups"][0].update(weight_decay=0.5),
+    lambda kept: kept["state"][0].update(exp_avg=torch.zeros(3)),
+    lambda kept: kept["state"][0]["step"].fill_(5),
+)
+
+
+def altered(states, change):
+    """States of optimisers of which the first is changed."""
+    states = copy.deepcopy(states)
+    change(states[0])
+    return states
+
+
 def test_checkpoints_with_altered_values_are_refused(settings):
     run = distil(made := settings())
     (run.folder / "metrics.json").unlink()
     state = run.load_checkpoint()
     wrong = {"step": ["1", 1.5, True, 7, -1, 5], "seconds": ["x"], "recent": [3, ["a"]], "losses": [[], "x", ["x"]]}
     wrong |= {"unreadable": [3, [8], ["a"]]}
+    wrong["optimisers"] = [altered(state["optimisers"], change) for change in LEARNED_WRONG]
     for name, value in ((name, value) for name, values in wrong.items() for value in values):
         run.save_checkpoint("last", state | {name: value})
         with pytest.raises(RunError, match=r"was altered .ValueError: .* = .* takes .*Delete the run's checkpoints"):

@@ -6,37 +6,21 @@ import json
 import threading
 import zipfile
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from trust import command_refused, files, refused
+from trust import BROKEN, command_refused, files, refused
 
 from effad_lib import watching
-from effad_lib.batch import results
+from effad_lib.batch import as_text, results
 from effad_lib.cli import main
-from effad_lib.execution import Lock, last_step
+from effad_lib.execution import last_step
 from effad_lib.images import ImageError
 from effad_lib.provenance import provenance_of
-from effad_lib.reports import across
+from effad_lib.reports import across, beside_published
 from effad_lib.runs import Run
-from effad_lib.sweeps import load_sweep, state_of, write_page
 from effad_lib.viewer import Notes, of_run
-
-BROKEN = {  # contents of a file that should hold names with values in JSON
-    "empty": b"",
-    "cut": b'{"image_auroc": 0.9, "data',
-    "words": b"metrics",
-    "a list": b"[1, 2]",
-    "a number": b"3",
-    "null": b"null",
-    "NaN": b'{"image_auroc": NaN}',
-    "a huge number": b'{"image_auroc": 1' + b"0" * 400 + b"}",
-    "no text": b"\xff\xfe\x00",
-    "deep": b"[" * 100_000,
-}
-
 
 # --- a run ----------------------------------------------------------------------------------------------------------
 
@@ -64,6 +48,7 @@ PARAMETERS = {  # of a run, as text or as a change of what it says; and what is 
     "no YAML": ("{", "is not YAML"),
     "a call": ("!!python/object/apply:os.system ['x']", "is not YAML"),
     "a billion laughs": ("a: &a [1, *a]", "an alias stands for what it is part of"),
+    "half a character": ('dataset: "\\ud800"', "is not YAML"),
     "no data set": ({"dataset": None}, "has no dataset: it is not that of a training"),
     "no seed": ({"seed": None}, "has no seed"),
     "data set as number": ({"dataset": 3}, "dataset takes str, not int"),
@@ -92,6 +77,87 @@ def test_parameters_of_a_run_that_make_no_sense(run, capsys, kind):
         command_refused(capsys, [command, run], says)
     command_refused(capsys, ["export", run], f"not at hand .*{says}")
     assert files(run) == before | {"parameters.yaml": change.encode()}
+
+
+METRICS = {  # a value of metrics.json, and what is said
+    "data as number": ({"data": 3}, "data = 3, which takes a name"),
+    "data as list": ({"data": ["a"]}, "data = .'a'., which takes a name"),
+    "no data": ({"data": None}, "data = None, which takes a name"),
+    "size true": ({"size": True}, "size = True, which takes the name of a network"),
+    "AU-ROC as text": ({"image_auroc": "high"}, "image_auroc = 'high', which takes a share from 0 to 1, or null"),
+    "AU-ROC true": ({"image_auroc": True}, "image_auroc = True, which takes a share"),
+    "AU-ROC of two": ({"image_auroc": 2.0}, "image_auroc = 2.0, which takes a share"),
+    "AU-ROC below zero": ({"image_auroc": -0.5}, "image_auroc = -0.5, which takes a share"),
+    "AP as names": ({"image_ap": {"a": {}}}, "image_ap = .*, which takes a share"),
+    "AU-PRO as list": ({"au_pro": [[0.9]]}, "au_pro = .*, which takes a share"),
+    "a mean as text": ({"au_spro_05_mean": "0.9"}, "au_spro_05_mean = '0.9', which takes a share"),
+    "seconds as text": ({"seconds": "<b>"}, "seconds = '<b>', which takes seconds, or null"),
+    "more seconds than a life has": ({"seconds": 1e308}, "seconds = 1e.308, which takes seconds"),
+    "half a step": ({"steps": 0.5}, "steps = 0.5, which takes a whole number"),
+    "latency as text": ({"latency_ms": "1"}, "latency_ms = '1', which takes a number"),
+    "a device as number": ({"latency_on": 1}, "latency_on = 1, which takes the name of a device"),
+    "losses of words": ({"losses": ["x"]}, "losses = .'x'., which takes numbers"),
+    "a long word": ({"image_auroc": "x" * 10**6}, r"image_auroc = 'x{76}\.\.\., which takes"),
+}
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_metrics_that_make_no_sense(run, capsys, kind):
+    change, says = METRICS[kind]
+    path = run / "metrics.json"
+    path.write_text(json.dumps({"data": "mine", "size": "XS"} | json.loads(path.read_text()) | change))
+    for work in (
+        lambda: Run(run).metrics,
+        lambda: results([run]),
+        lambda: across([run]),
+        lambda: beside_published([run]),
+    ):
+        refused(work, rf"metrics\.json has .*{says}.*Restore or delete it")
+
+
+@pytest.mark.parametrize("missing", ["image_auroc", "data", "size"])
+def test_metrics_without_what_an_evaluation_has(run, missing):
+    path = run / "metrics.json"
+    found = {"data": "mine", "size": "XS"} | json.loads(path.read_text())
+    del found[missing]
+    path.write_text(json.dumps(found))
+    refused(lambda: across([run]), rf"holds no evaluation: no {missing} in its metrics\.json. Make one: effad evaluate")
+
+
+def test_metrics_of_any_name_and_of_sizes_of_ones_own_are_shown_and_control_nothing(run):
+    path = run / "metrics.json"
+    found = json.loads(path.read_text()) | {"data": "mvtec_ad/\x1b[2J", "size": "XXL", "weight": ["of", {"mine": True}]}
+    path.write_text(json.dumps(found))
+    made = yaml.safe_load((run / "parameters.yaml").read_text())
+    (run / "parameters.yaml").write_text(yaml.safe_dump(made | {"size": "XXL"}))
+    for text in (as_text(results([run])), beside_published([run])):
+        assert r"mvtec_ad/\x1b[2J" in text and "\x1b" not in text and "nan" not in text
+    assert "Published" not in text and "cannot be told: unknown network size 'XXL'" in text
+
+
+@pytest.mark.parametrize("content", [{"teacher": 3}, {"teacher": None}, {"teacher": ["a"]}])
+def test_sources_that_are_no_hashes(run, content):
+    (run / "sources.json").write_text(json.dumps(content))
+    refused(lambda: Run(run).sources, r"sources\.json takes names, each with a hash. Restore or delete it")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind
+        for kind in PARAMETERS
+        if kind not in ("an unknown data set", "a seed below 0", "a share of two", "root that is gone")
+    ],
+)
+def test_parameters_of_a_run_that_is_compared(run, kind):
+    change, says = PARAMETERS[kind]
+    path = run / "parameters.yaml"
+    if isinstance(change, dict):
+        made = yaml.safe_load(path.read_text()) | change
+        change = yaml.safe_dump({name: value for name, value in made.items() if value is not None})
+    path.write_text(change)
+    (run / "metrics.json").write_text(json.dumps({"data": "mine", "size": "XS", "image_auroc": 0.9}))
+    refused(lambda: beside_published([run]), says)
 
 
 SCORES = {  # of a run, and what is said
@@ -184,61 +250,6 @@ def test_notes_in_which_an_image_is_twice_lose_neither(tmp_path):
     path.write_text("file,verdict,note,changed\na.png,good,first,\na.png,defective,second,\n")
     refused(lambda: Notes(path), r"a\.png is there twice. Join the two rows")
     assert path.read_text().count("a.png") == 2
-
-
-# --- sweeps ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sweep(tmp_path):
-    """A sweep of one run that is done, and its run."""
-    folder = tmp_path / "notebooks"
-    (folder / "sweeps").mkdir(parents=True)
-    cell = nbformat.v4.new_code_cell('run_folder = "x"\nrate = 0.1', metadata={"tags": ["parameters"]})
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "one.ipynb")
-    (folder / "sweeps" / "mine.yaml").write_text("{notebooks: [one], parameters: {rate: 0.5}}")
-    plan = load_sweep("mine", runs=tmp_path / "runs", notebooks=folder)
-    (only,) = plan.runs
-    only.folder.mkdir(parents=True)
-    made = nbformat.read(folder / "one.ipynb", 4)
-    made.metadata |= {"effad": only.steps[0].record, "papermill": {"duration": 3.0}}
-    nbformat.write(made, only.folder / "one.ipynb")
-    (only.folder / "order.json").write_text(json.dumps(only.identity))
-    Run(only.folder).finish({"image_auroc": 0.9})
-    return plan, only
-
-
-@pytest.mark.parametrize(
-    ("kind", "says"),
-    [
-        *((kind, r"order\.json (is not JSON|holds)|of effad None") for kind in BROKEN),
-        ({"effad": "0.0"}, r"holds a run of effad 0\.0"),
-        ({"parameters": []}, "does not tell the parameters"),
-        ({"parameters": {"one": 3}}, "does not tell the parameters"),
-        ({"parameters": {"one": {"rate": "0.5"}}}, "rate: '0.5' there, 0.5 now"),
-    ],
-    ids=str,
-)
-def test_the_order_of_a_run_that_was_altered(sweep, kind, says):
-    _, run = sweep
-    run.check()
-    content = json.dumps(run.identity | kind).encode() if isinstance(kind, dict) else BROKEN[kind]
-    (run.folder / "order.json").write_bytes(content)
-    refused(run.check, says)
-
-
-@pytest.mark.parametrize("kind", BROKEN)
-@pytest.mark.parametrize("name", ["failed.json", "one.ipynb", "run.log"])
-def test_state_files_of_a_run_that_are_broken_are_no_state(sweep, name, kind):
-    plan, run = sweep
-    assert state_of(run) == "done"
-    if name != "one.ipynb":
-        (run.folder / "metrics.json").unlink()
-    (run.folder / name).write_bytes(BROKEN[kind])
-    state = state_of(run)
-    assert state in ("waiting", "stopped", "failed") and Lock(run.folder / "run.log").owner is None
-    row = {"run": run.name, "state": state, "error": "x"}
-    assert write_page(plan, [], {run.name: row}).is_file()
 
 
 # --- a watched folder -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 from trust import command_refused, refused
 
 from effad_lib.distillation import DistillationSettings
+from effad_lib.documents import short
 from effad_lib.evaluation import EvaluationSettings
 from effad_lib.export import ExportSettings
 from effad_lib.latency import LatencySettings
@@ -14,7 +15,7 @@ from effad_lib.synthesis import SynthesisSettings
 from effad_lib.training import TrainingSettings
 from effad_lib.viewer import ViewerSettings
 
-INFINITE, NAN, HUGE = float("inf"), float("nan"), 10**30
+INFINITE, NAN, HUGE = float("inf"), float("nan"), 2**64 - 1
 
 SETTINGS = [
     (TrainingSettings, {"stepps": 1}, "unknown parameter 'stepps'.*Did you mean 'steps'"),
@@ -51,6 +52,15 @@ SETTINGS = [
     (TrainingSettings, {"cache_gb": -1.0}, "cache_gb takes"),
     (TrainingSettings, {"seed": -1}, "seed takes a whole number from 0"),
     (TrainingSettings, {"seed": HUGE}, "seed takes a whole number from 0 to below 2"),
+    (TrainingSettings, {"seed": 10**30}, "seed takes no whole number of more than 64 bits"),
+    (TrainingSettings, {"learning_rate": 10**400}, "learning_rate takes no whole number of more than 64 bits"),
+    (TrainingSettings, {"learning_rate": True}, "learning_rate takes float, not bool"),
+    (TrainingSettings, {"levels": [0, 10**400]}, "levels takes no whole number of more than 64 bits"),
+    (TrainingSettings, {"image_size": [64, -(10**5000)]}, "image_size takes no whole number of more than 64 bits"),
+    (TrainingSettings, {"data_root": "/data/\udcff"}, "data_root takes text, which this is not in UTF-8"),
+    (TrainingSettings, {"padding": [10**5000]}, "padding takes bool, not list"),
+    (TrainingSettings, {"device": f"cuda:{'9' * 5000}"}, "not available here"),
+    (TrainingSettings, {"device": "cuda:²"}, "not available here"),
     (TrainingSettings, {"device": "cuda:-1"}, "not available here"),
     (TrainingSettings, {"device": "cpu:x"}, "not available here"),
     (TrainingSettings, {"size": ""}, "unknown network size ''"),
@@ -94,7 +104,7 @@ SETTINGS = [
 @pytest.mark.parametrize(
     ("settings", "values", "says"),
     SETTINGS,
-    ids=[f"{kind.__name__} {str(values)[:60]}" for kind, values, _ in SETTINGS],
+    ids=[f"{kind.__name__} {short(values)}" for kind, values, _ in SETTINGS],
 )
 def test_settings_that_no_work_can_have(settings, values, says):
     """The same from a notebook, into which papermill puts any name and any value."""
@@ -106,7 +116,7 @@ def test_settings_that_no_work_can_have(settings, values, says):
 COMMANDS = {
     "train --steps 1e3": "--steps: invalid int value: '1e3'",
     "train --seed -1": "seed = -1",
-    "train --seed 99999999999999999999": "seed takes a whole number from 0 to below 2",
+    "train --seed 99999999999999999999": "seed takes no whole number of more than 64 bits",
     "train --levels 0 inf": "takes the values of black and of white",
     "train --image-size 64 20000": "at most 16,384",
     "train --image-size": "takes height and width",

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from trust import Malicious, command_refused, refused
 
 from effad_lib.backbones import file_sha256
+from effad_lib.checkpoints import restore_scaler
 from effad_lib.datasets import load_dataset
 from effad_lib.distillation import load_teacher
 from effad_lib.networks import PDN
@@ -36,14 +37,17 @@ TEACHER_CARDS = {
     "a list": ("[]", "holds list where names with values should be"),
     "NaN": ('{"size": NaN}', "it holds NaN"),
     "deep": ("[" * 100_000, "is not JSON"),
-    "no size": ({"size": None}, "size = None, it takes str"),
-    "size as number": ({"size": 1}, "size = 1, it takes str"),
+    "no size": ({"size": None}, "size = None, which takes the name of a network"),
+    "size as number": ({"size": 1}, "size = 1, which takes the name of a network"),
     "an unknown size": ({"size": "XXL"}, "unknown network size 'XXL'"),
     "another size": ({"size": "S"}, "is no layer of PDN-S|needs shape"),
-    "channels as text": ({"channels": "8"}, "channels = '8', it takes int"),
+    "channels as text": ({"channels": "8"}, "channels = '8', which takes a whole number of at least 1"),
+    "channels missing": ('{"size": "XS", "sha256": ""}', "has no channels"),
+    "photographs as text": ({"photographs": "many"}, "photographs = 'many', which takes a whole number"),
+    "settings as list": ({"settings": ["steps"]}, "settings = .'steps'., which takes names with values"),
     "a billion channels": ({"channels": 10**9}, "its card has 1000000000 channels, its weights 8"),
-    "channels true": ({"channels": True}, "channels = True, it takes int"),
-    "no hash": ({"sha256": None}, "sha256 = None, it takes str"),
+    "channels true": ({"channels": True}, "channels = True, which takes a whole number"),
+    "no hash": ({"sha256": None}, "sha256 = None, which takes a hash"),
     "another hash": ({"sha256": "0" * 64}, "its SHA-256 is .*, the card says 0000"),
 }
 
@@ -102,8 +106,19 @@ def test_files_that_are_no_teachers(tmp_path, ending, kind):
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
+
+def group(state):
+    """The plain values with which the student's last layer is optimised."""
+    return state["optimiser"]["param_groups"][1]
+
+
+def learned(state):
+    """What the optimiser has learned of the first weight."""
+    return state["optimiser"]["state"][0]
+
+
 CHECKPOINTS = {  # change of the state of an interrupted training, and what is said
-    "no step": (lambda s: s.pop("step"), "its checkpoint is not of this version or was altered .KeyError: 'step'"),
+    "no step": (lambda s: s.pop("step"), "not of this version or was altered .ValueError: it has no step"),
     "no networks": (lambda s: s.pop("student"), "not of this version or was altered"),
     "networks as list": (lambda s: s.update(student=[1]), "not of this version or was altered"),
     "no optimiser": (lambda s: s.pop("optimiser"), "not of this version or was altered"),
@@ -114,13 +129,29 @@ CHECKPOINTS = {  # change of the state of an interrupted training, and what is s
     "NaN in the student": (lambda s: s["student"]["head.bias"].fill_(NAN), "its checkpoint holds NaN or infinite"),
     "infinite in the optimiser": (lambda s: s["optimiser"]["state"][0]["exp_avg"].fill_(INFINITE), "holds NaN"),
     "an infinite loss": (lambda s: s["history"][0].update(total=INFINITE), "its checkpoint holds NaN or infinite"),
+    "times as text": (lambda s: group(s).update(times="x"), "group 1 of its .* times = 'x', which takes 32.0"),
+    "other times": (lambda s: group(s).update(times=1.0), "times = 1.0, which takes 32.0"),
+    "betas as text": (lambda s: group(s).update(betas="x"), r"betas = 'x', which takes \(0.9, 0.999\)"),
+    "other betas": (lambda s: group(s).update(betas=(0.5, 0.999)), "betas = .0.5, 0.999., which takes"),
+    "another eps": (lambda s: group(s).update(eps=1.0), "eps = 1.0, which takes 1e-08"),
+    "decay as tensor": (lambda s: group(s).update(weight_decay=torch.ones(3)), "weight_decay = tensor.*takes 1e-05"),
+    "amsgrad": (lambda s: group(s).update(amsgrad=True), "amsgrad = True, which takes False"),
+    "other weights": (lambda s: group(s)["params"].append(0), "params = .*, which takes"),
+    "groups as number": (lambda s: s["optimiser"].update(param_groups=3), "was altered .TypeError"),
+    "nothing learned": (lambda s: s["optimiser"].update(state={}), "was altered .KeyError"),
+    "nothing learned of one": (lambda s: s["optimiser"]["state"].pop(1), "was altered .KeyError"),
+    "a mean as text": (lambda s: learned(s).update(exp_avg="x"), "of weight 0 .* exp_avg = 'x', which takes numbers"),
+    "no mean": (lambda s: learned(s).pop("exp_avg_sq"), "of weight 0 its optimiser has no exp_avg_sq"),
+    "a mean of three": (lambda s: learned(s).update(exp_avg=torch.zeros(3)), "tensor.*, which takes numbers of shape"),
+    "another count": (lambda s: learned(s)["step"].fill_(99), r"step = tensor\(99.\), which takes the 1 steps"),
+    "two counts": (lambda s: learned(s).update(step=torch.ones(2)), "step = tensor.*, which takes the 1 steps"),
     "step as text": (lambda s: s.update(step="1"), "step = '1', which takes a whole number from 0 to 1"),
     "half a step": (lambda s: s.update(step=0.5), "step = 0.5, which takes a whole number"),
     "step true": (lambda s: s.update(step=True), "step = True, which takes a whole number"),
     "a step too far": (lambda s: s.update(step=99), "step = 99, which takes a whole number from 0 to 1"),
     "a step below zero": (lambda s: s.update(step=-2), "step = -2, which takes a whole number from 0 to 1"),
-    "seconds as text": (lambda s: s.update(seconds="x"), "seconds = 'x', which takes a number"),
-    "huge seconds": (lambda s: s.update(seconds=10**400), "not of this version or was altered .OverflowError"),
+    "seconds as text": (lambda s: s.update(seconds="x"), "seconds = 'x', which takes seconds"),
+    "huge seconds": (lambda s: s.update(seconds=10**400), "seconds = 10000000.*, which takes seconds"),
     "stale as text": (lambda s: s.update(stale="x"), "stale = 'x', which takes a whole number"),
     "history as number": (lambda s: s.update(history=3), "history = 3, which takes rows of numbers"),
     "history of words": (lambda s: s.update(history=[{"step": "x"}]), "history = .*, which takes rows of numbers"),
@@ -161,6 +192,39 @@ def test_checkpoints_that_cannot_be_continued(interrupted, kind):
     before = path.read_bytes()
     refused(lambda: train(settings, split), says)
     assert path.read_bytes() == before and not run.model.exists()
+
+
+def test_the_rate_of_the_last_step_and_how_a_device_computes_do_not_matter(interrupted):
+    settings, split, state = interrupted
+    state = pickle.loads(pickle.dumps(state))
+    group(state).update(lr="x", fused=None, foreach=True)
+    run = Run(settings.run_folder)
+    run.save_checkpoint("last", state)
+    train(settings, split)
+    run.model.unlink()
+
+
+SCALERS = {  # change of the state of a scaler, and what is said
+    "scale as text": ({"scale": "x"}, "its scaler has scale = 'x', which takes a number above 0"),
+    "no scale": ({"scale": 0.0}, "scale = 0.0, which takes a number above 0"),
+    "other growth": ({"growth_factor": 3.0}, "growth_factor = 3.0, which takes 2.0"),
+    "other backoff": ({"backoff_factor": "x"}, "backoff_factor = 'x', which takes 0.5"),
+    "interval true": ({"growth_interval": True}, "growth_interval = True, which takes 2000"),
+    "tracker below zero": ({"_growth_tracker": -1}, "_growth_tracker = -1, which takes a whole number of steps"),
+}
+
+
+@pytest.mark.parametrize("kind", SCALERS)
+def test_a_scaler_that_was_altered_is_refused(kind):
+    change, says = SCALERS[kind]
+    scaler = torch.amp.GradScaler("cpu")
+    whole = scaler.state_dict() | {"scale": 1024.0, "_growth_tracker": 7}
+    with pytest.raises(ValueError, match=says):
+        restore_scaler(scaler, whole | change)
+    assert scaler.state_dict()["scale"] == 65536.0
+    restore_scaler(scaler, {})  # of another precision
+    restore_scaler(scaler, whole)
+    assert scaler.state_dict() == whole
 
 
 @pytest.mark.parametrize("kind", ["empty", "words", "cut", "list", "code"])

@@ -29,6 +29,21 @@ YCBCR = (
 )
 """What is said of a TIFF in YCbCr: before version 13 Pillow took its own for RGB, and could not decode it."""
 
+BROKEN = {  # contents of a file that should hold names with values in JSON
+    "empty": b"",
+    "cut": b'{"image_auroc": 0.9, "data',
+    "words": b"metrics",
+    "a list": b"[1, 2]",
+    "a number": b"3",
+    "null": b"null",
+    "NaN": b'{"image_auroc": NaN}',
+    "a huge number": b'{"image_auroc": 1' + b"0" * 400 + b"}",
+    "a number beyond all": b'{"image_auroc": 1e400}',
+    "half a character": b'{"data": "\\ud800"}',
+    "no text": b"\xff\xfe\x00",
+    "deep": b"[" * 100_000,
+}
+
 
 class Malicious:
     """Unpickled, it makes a file."""

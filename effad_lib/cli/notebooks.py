@@ -40,6 +40,7 @@ def sweep(options: argparse.Namespace) -> int:
     """Execute notebooks over many cases, those runs that are not done; exit code 1 if any failed."""
     os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, no window is opened
     from effad_lib import sweeps
+    from effad_lib.runs import printable
 
     allow_data_files(options)
     name = as_path(options.file) if options.file.endswith((".yaml", ".yml")) else options.file
@@ -52,10 +53,10 @@ def sweep(options: argparse.Namespace) -> int:
         return 0
     means = sweeps.means(sweeps.finished(plan, settings.only))
     if len(means):
-        print(f"\n{sweeps.shown(means).to_string()}\n")
+        print(printable(f"\n{sweeps.shown(means).to_string()}\n", keep="\n"))
     print(plan.folder / "report.html")
     chosen = [run.name for run in plan.matching(settings.only)]
     open_runs = table[table["run"].isin(chosen) & (table["state"] != "done")]
     for row in open_runs.to_dict("records"):
-        print(f"{row['run']} {row['state']}: {row['error'] or ''}")
+        print(printable(f"{row['run']} {row['state']}: {row['error'] or ''}", keep="\n"))
     return 1 if len(open_runs) else 0

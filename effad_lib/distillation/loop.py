@@ -17,27 +17,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effad_lib.backbones import file_sha256, load_backbone, weights_file
-from effad_lib.cards import is_number
+from effad_lib.checkpoints import broken, check_plain, not_finite, readable, restore_optimiser, restore_scaler
 from effad_lib.distillation.muon import Muon
 from effad_lib.distillation.processes import Processes, joined
 from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation, photographs, prefetched
 from effad_lib.distillation.teachers import save_teacher
+from effad_lib.documents import is_number, is_seconds, is_whole
 from effad_lib.images import NaturalImages
 from effad_lib.memory import enough_memory, kept_memory
 from effad_lib.networks import PDN, Layers
 from effad_lib.progress import progress
-from effad_lib.runs import (
-    Run,
-    RunError,
-    broken,
-    check_plain,
-    finish_step_on_interrupt,
-    is_whole,
-    not_finite,
-    readable,
-    resolve,
-)
+from effad_lib.runs import Run, RunError, finish_step_on_interrupt, resolve
 from effad_lib.settings import SettingsError, pick_device
 
 LOG_EVERY = 10
@@ -122,13 +113,16 @@ class Distiller:
         self.losses: list[float] = []  # the mean of each LOG_EVERY steps
         self.recent: list[Tensor] = []  # the losses of the steps since then
         self.unreadable: set[int] = set()  # photographs that no process could read
+        shape = (1, settings.channels, 1, 1)
+        self.mean, self.std = torch.zeros(shape, device=device), torch.ones(shape, device=device)
         state = run.load_checkpoint("last")
         if state is None:
             self._prepare()
         else:
             with readable(run, state):
                 self.pdn.load_state_dict(state["pdn"])
-                self.mean, self.std = state["mean"].to(device), state["std"].to(device)
+                self.mean.copy_(state["mean"])
+                self.std.copy_(state["std"])
         self.network = processes.wrap(self.pdn)
         self.optimisers = optimisers(self.pdn, settings)
         if state is not None:
@@ -137,8 +131,7 @@ class Distiller:
 
     def _prepare(self) -> None:
         """Take the statistics of the backbone's channels and, where wanted, fit the PDN's last layer."""
-        settings, shape = self.settings, (1, self.settings.channels, 1, 1)
-        self.mean, self.std = torch.zeros(shape, device=self.device), torch.ones(shape, device=self.device)
+        settings = self.settings
         if self.processes.rank == 0:
             mean, std = _target_statistics(self.views, settings, self.device)
             self.mean, self.std = mean.to(self.device), std.to(self.device)
@@ -277,7 +270,7 @@ class Distiller:
             state,
             {
                 "step": (partial(is_whole, most=steps), f"a whole number from 0 to {steps}"),
-                "seconds": (is_number, "a number"),
+                "seconds": (is_seconds, "seconds"),
                 "recent": (is_recent, "a number for each step since the last mean"),
                 "losses": (is_curve, f"a mean for each {LOG_EVERY} steps"),
                 "unreadable": (is_unreadable, f"numbers of the {photographs} photographs"),
@@ -287,9 +280,8 @@ class Distiller:
         self.unreadable = set(state["unreadable"])
         self.recent = [torch.tensor(value, device=self.device) for value in state["recent"]]
         for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(kept)
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+            restore_optimiser(optimiser, kept, self.step, skips=self.scaler.is_enabled())
+        restore_scaler(self.scaler, state["scaler"])
         self.generator.set_state(state["generator"])
 
     def finish(self, held_out: NaturalImages) -> None:

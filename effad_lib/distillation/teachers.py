@@ -15,13 +15,22 @@ from torch import Tensor
 from effad_lib import __version__
 from effad_lib.backbones import file_sha256, read_weights
 from effad_lib.distillation.settings import DistillationSettings
-from effad_lib.documents import read_json
+from effad_lib.documents import Takes, is_text, is_whole, read_json
 from effad_lib.networks import PDN, PDN_LAYERS, Conv, check_network
 from effad_lib.runs import PROJECT, Run, resolve, write_bytes, write_json
 from effad_lib.settings import SettingsError
 
 TEACHERS = PROJECT / "data" / "teachers"
 """Where the shipped teachers lie, each `pdn_<size>.safetensors` with its card `pdn_<size>.json`."""
+
+CARD: Takes = {
+    "size": (is_text, "the name of a network"),
+    "channels": (lambda value: is_whole(value, least=1), "a whole number of at least 1"),
+    "sha256": (is_text, "a hash"),
+    "photographs": (is_whole, "a whole number"),
+    "settings": (lambda value: isinstance(value, dict), "names with values"),
+}
+"""What a teacher's card says; files of other implementations have none, and the first three are always there."""
 
 
 def save_teacher(
@@ -109,10 +118,7 @@ def load_teacher(source: str | Path, *, padding: bool = False) -> tuple[PDN, dic
 
 def read_teacher_card(path: Path) -> dict[str, Any]:
     """Return a teacher's card. Raises `DocumentError` or `SettingsError` for one that does not say what it has to."""
-    card = read_json(path)
-    for name, kind in (("size", str), ("channels", int), ("sha256", str)):
-        if type(card.get(name)) is not kind:
-            raise SettingsError(f"{path}: {name} = {card.get(name)!r}, it takes {kind.__name__}. Restore the card.")
+    card = read_json(path, takes=CARD, needed=("size", "channels", "sha256"))
     check_network(card["size"])
     return card
 

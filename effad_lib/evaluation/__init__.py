@@ -23,7 +23,7 @@ from effad_lib.evaluation.result import (
 from effad_lib.evaluation.scoring import evaluate
 from effad_lib.metrics import image_auroc
 from effad_lib.runs import Run, RunError
-from effad_lib.settings import Settings, pick_device
+from effad_lib.settings import Settings, SettingsError, pick_device
 from effad_lib.tiling import check_threshold
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "latency",
     "load_maps",
     "tiff_places",
+    "told_data",
     "unnormalised_scores",
     "worst_mistakes",
 ]
@@ -70,19 +71,30 @@ class _Data(Settings):
     validation_share: float = 0.0
 
 
+def told_data(run: Run) -> dict[str, Any]:
+    """Return what `parameters.yaml` of a training says of its data: dataset, data_root, category, seed and the share.
+
+    Raises `DocumentError`, `RunError` or `SettingsError` for a file that is broken or is not that of a training.
+    """
+    path, made = run.folder / "parameters.yaml", run.parameters
+    names = _Data().as_dict()
+    if missing := [name for name in names if name not in made]:
+        raise RunError(f"{path} has no {missing[0]}: it is not that of a training. Restore it or train anew.")
+    try:
+        return _Data(**{name: made[name] for name in names}).as_dict()
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error} Restore it or train anew.") from error
+
+
 def data_of(run: Run) -> Split:
     """Find the data set of a finished training again, by the run's `parameters.yaml`; `RunError` if there is none.
 
-    Raises `DocumentError` or `SettingsError` for a file that is broken, and `ConsentError` for a data set that is code
-    which the user has not named: a run may come from anybody. So no product is rendered either, see `check_rendered`.
+    Raises as `told_data`, and `ConsentError` for a data set that is code which the user has not named: a run may come
+    from anybody. So no product is rendered either, see `check_rendered`.
     """
-    parameters = run.folder / "parameters.yaml"
-    if not parameters.is_file() or not run.model.is_file():
+    if not (run.folder / "parameters.yaml").is_file() or not run.model.is_file():
         raise RunError(f"{run.folder} is not the folder of a finished training. Train one with `effad train`.")
-    made, names = run.parameters, list(_Data().as_dict())
-    if missing := [name for name in names if name not in made]:
-        raise RunError(f"{parameters} has no {missing[0]}: it is not that of a training. Restore it or train anew.")
-    told = _Data(**{name: made[name] for name in names}).as_dict()
+    told = told_data(run)
     check_named(told["dataset"])
     if told["dataset"] == "synthetic":
         check_rendered(told["data_root"], told["category"])
@@ -125,8 +137,8 @@ def finish_run(run_folder: str | Path, detector: EfficientAD, found: Evaluation)
     run = Run(run_folder)
     (run.folder / "metrics.json").unlink(missing_ok=True)
     found.save(run.folder)
-    card = {name: detector.card.get(name) for name in ("data", "seconds", "steps", "size")}
+    card = {name: detector.card.get(name) for name in ("seconds", "steps", "size")}
     plain = {"image_auroc_unnormalised": image_auroc(unnormalised_scores(detector, found), found.labels)}
-    result = {"data": card.pop("data"), **found.metrics(), **plain, **latency(detector), **card}
+    result = {"data": detector.card.get("data", "unknown"), **found.metrics(), **plain, **latency(detector), **card}
     run.finish(result)
     return result

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from effad_lib.documents import Takes, fault, is_text, is_whole
 from effad_lib.runs import RunError, unwritable
 
 try:
@@ -29,6 +30,14 @@ HEARTBEAT, STALE = 10.0, 120.0
 The clocks of machines that share a folder must agree to within a minute."""
 
 
+OWNER: Takes = {
+    "host": (is_text, "a name"),
+    "pid": (lambda value: is_whole(value, 1, 2**31 - 1), "the number of a process"),
+    "since": (is_text, "a time"),
+}
+"""What an owner's line in a lock says. Of the numbers 0 and below every system makes groups of processes."""
+
+
 class LockError(RunError):
     """A folder that somebody else works in; the message names who, since when, and the remedy."""
 
@@ -40,6 +49,10 @@ class Owner:
     host: str
     pid: int
     since: str
+
+    def __post_init__(self) -> None:
+        if wrong := fault(asdict(self), OWNER):
+            raise ValueError(f"the owner of a lock {wrong}")
 
     @classmethod
     def here(cls) -> Self:

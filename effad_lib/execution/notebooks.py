@@ -38,17 +38,21 @@ class Task:
     @property
     def done(self) -> bool:
         """Whether the notebook was executed to its end with this record."""
-        return executed_record(self.output) == self.record
+        return executed_metadata(self.output, "effad") == self.record
 
 
-def executed_record(output: Path) -> dict[str, Any] | None:
-    """Return the record of an executed notebook; None if it is not there or was not executed to its end."""
+def executed_metadata(output: Path, name: str) -> dict[str, Any] | None:
+    """Return what the metadata of a notebook have under a name; None if nothing, or if it is no notebook.
+
+    Names are "effad", the record of one that was executed to its end, and "papermill", what the execution took.
+    """
     try:
         executed = json.loads(output.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     metadata = executed.get("metadata") if isinstance(executed, dict) else None
-    return metadata.get("effad") if isinstance(metadata, dict) else None
+    found = metadata.get(name) if isinstance(metadata, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def source_hash(notebook: Path) -> str:
@@ -111,7 +115,7 @@ def _ticking(title: str, task: Task) -> Iterator[None]:
 
     def tick() -> None:
         while not over.wait(1.0):
-            bar.n = last_step(task.folder / "history.csv") if steps else 0
+            bar.n = min(last_step(task.folder / "history.csv"), task.steps)
             bar.refresh()
 
     thread = threading.Thread(target=tick, daemon=True)

@@ -20,7 +20,7 @@ from effad_lib.consent import NAMED
 from effad_lib.documents import DocumentError, read_json
 from effad_lib.execution.lock import STALE, Lock, LockError
 from effad_lib.execution.notebooks import Task, execute, source_hash
-from effad_lib.runs import PROJECT, Run, RunError, from_project, resolve, write_json
+from effad_lib.runs import PROJECT, Run, RunError, from_project, printable, resolve, write_json
 
 LOG, ORDER, FAILED = "run.log", "order.json", "failed.json"
 """Files of a run folder: its lock, which holds what its kernels print; what the run is; how it failed."""
@@ -126,7 +126,7 @@ def stop(processes: Collection[subprocess.Popen[bytes]], grace: float = GRACE) -
 def mark_failed(folder: Path, notebook: str, message: str, *, cell: int | None = None, error: str = "") -> None:
     """Write `failed.json` into a run: the notebook, the number of its cell, the name of the error, its message."""
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    what = {"notebook": notebook, "cell": cell, "error": error, "message": message, "at": at}
+    what = {"notebook": notebook, "cell": cell, "error": error, "message": printable(message, keep="\n"), "at": at}
     write_json(folder / FAILED, what)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -14,10 +13,26 @@ from typing import Any
 import pandas as pd
 
 from effad_lib.datasets import Split
+from effad_lib.documents import Takes, fault, is_seconds
+from effad_lib.execution.notebooks import executed_metadata
 from effad_lib.provenance import provenance_of
-from effad_lib.runs import Run
+from effad_lib.runs import Run, RunError
 from effad_lib.sweeps.plan import SweepRun
 from effad_lib.training import TrainingSettings, train
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return value is None or math.isfinite(datetime.fromisoformat(value).timestamp())
+    except (TypeError, ValueError, OverflowError, OSError):
+        return False
+
+
+TOOK: Takes = {
+    "duration": (lambda value: value is None or is_seconds(value), "seconds, or null"),
+    **dict.fromkeys(("start_time", "end_time"), (_is_time, "a time, or null")),
+}
+"""What papermill notes in an executed notebook."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +45,15 @@ class Spent:
 
     @classmethod
     def of(cls, run: SweepRun) -> Spent:
-        """Read it from the executed notebooks; a training that was resumed counts with all of its steps."""
+        """Read it from the executed notebooks; a training that was resumed counts with all of its steps.
+
+        Raises `RunError` for a notebook that says what cannot be, and as `Run.metrics` and `provenance_of`.
+        """
         seconds, times = 0.0, []
         for step in run.steps:
-            told = json.loads(step.output.read_text(encoding="utf-8"))["metadata"].get("papermill", {})
+            told = executed_metadata(step.output, "papermill") or {}
+            if wrong := fault(told, TOOK):
+                raise RunError(f"{step.output} {wrong}. Restore it, or delete it to execute it anew.")
             took = float(told.get("duration") or 0.0)
             if step.settings is run.training:
                 took = max(took, Run(run.folder).metrics.get("seconds") or 0.0)

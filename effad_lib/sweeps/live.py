@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from effad_lib.runs import printable
 from effad_lib.sweeps.state import STATES, Progress
 
 EVERY_NOTEBOOK, EVERY_TERMINAL = 5.0, 1.0
@@ -46,7 +47,7 @@ class Live:
         done = sum(one.state in ("done", "failed") for one in progress.values())
         for name, one in progress.items():
             if self._states.get(name, one.state) != one.state:
-                note = f": {one.note}" if one.note else ""
+                note = f": {printable(one.note)}" if one.note else ""
                 print(f"[{done}/{len(progress)}] {name} {one.state}{note}", flush=True)
         self._states = {name: one.state for name, one in progress.items()}
 
@@ -86,7 +87,7 @@ def cells(name: str, one: Progress) -> list[str]:
     step = one.steps if one.state == "done" else one.step
     reached = f"{step:,}/{one.steps:,}" if one.steps and one.state != "waiting" else ""
     loss = "" if math.isnan(one.loss) else f"{one.loss:.3f}"
-    return [name, one.state, reached, duration(one.left), loss, one.note]
+    return [name, one.state, reached, duration(one.left), loss, printable(one.note)]
 
 
 def as_lines(title: str, progress: Mapping[str, Progress], left: float = math.nan, *, rows: int = 40) -> list[str]:

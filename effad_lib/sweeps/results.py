@@ -12,7 +12,7 @@ import pandas as pd
 
 from effad_lib.provenance import provenance_of
 from effad_lib.published import published
-from effad_lib.reports import COMPARED, across
+from effad_lib.reports import COMPARED, EVALUATED, across
 from effad_lib.runs import Run, write_csv
 from effad_lib.sweeps.cost import Spent
 from effad_lib.sweeps.plan import Sweep, SweepRun
@@ -35,7 +35,7 @@ def summary_row(sweep: Sweep, run: SweepRun, state: str) -> dict[str, Any]:
     plain = {
         name: value for name, value in metrics.items() if name != "seconds" and not isinstance(value, (list, dict))
     }
-    row |= {name: None for name in ("data", "size", *COMPARED) if name not in row} | plain
+    row = dict.fromkeys(["run", "state", *run.varied, "data", "size", *COMPARED]) | plain | row
     row |= {"seconds": Spent.of(run).seconds if state == "done" else None, "training_seconds": metrics.get("seconds")}
     made = (provenance_of(run.folder) or [{}])[-1]
     row |= {SHOWN_AS.get(name, name): made.get(name) for name in MADE_WITH}
@@ -55,7 +55,7 @@ def write_summary(sweep: Sweep, rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
 def evaluated(runs: Iterable[SweepRun]) -> list[SweepRun]:
     """Return those of some finished runs that are evaluated trainings, which can be compared with others."""
     there = [run for run in runs if (run.folder / "parameters.yaml").is_file()]
-    return [run for run in there if {"image_auroc", "data", "size"} <= Run(run.folder).metrics.keys()]
+    return [run for run in there if set(EVALUATED) <= Run(run.folder).metrics.keys()]
 
 
 # --- means over seeds -----------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def _category_means(runs: Sequence[SweepRun], index: Sequence[str]) -> list[dict
         row["runs"] = len(everything) * len(whole)
         for called, name in (("auroc", _auroc), ("au_pro", _au_pro)):
             by_seed = [
-                np.mean([m[name(m)] if m[name(m)] is not None else math.nan for m in metrics]) for metrics in whole
+                np.mean([m[name(m)] if m.get(name(m)) is not None else math.nan for m in metrics]) for metrics in whole
             ]
             row[called] = float(np.mean(by_seed))
             row[f"{called}_deviation"] = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else math.nan

@@ -8,6 +8,7 @@ from io import StringIO
 
 import pandas as pd
 
+from effad_lib.documents import is_number, is_seconds
 from effad_lib.execution import Lock
 from effad_lib.execution.process import LOG, failure
 from effad_lib.sweeps.plan import SweepRun
@@ -49,13 +50,15 @@ def progress_of(run: SweepRun, state: str) -> Progress:
     if state == "waiting":
         return Progress(state, 0, steps)
     try:
-        history = pd.read_csv(StringIO((run.folder / "history.csv").read_text(encoding="utf-8")))
-        last, first = history.iloc[-1], history.iloc[0]
-        step, loss = int(last["step"]), float(last["validation"])
+        text = (run.folder / "history.csv").read_text(encoding="utf-8")
+        rows = pd.read_csv(StringIO(text))[["step", "seconds", "validation"]].astype(float).to_numpy().tolist()
+        if not all(is_number(at, 0, steps or math.inf) and is_seconds(s) and is_number(loss) for at, s, loss in rows):
+            raise ValueError("no history of this run")
+        (first, began, _), (last, now, loss) = rows[0], rows[-1]
+        step = int(last)
         # The first stretch has the start-up in it; from one validation to the next it has not.
-        since = (last["seconds"] - first["seconds"]) / (step - first["step"]) if len(history) > 1 else math.nan
-        left = (steps - step) * since
-    except (OSError, ValueError, KeyError, IndexError, ZeroDivisionError):
+        left = (steps - step) * (now - began) / (step - first) if step > first else math.nan
+    except (OSError, ValueError, KeyError, IndexError):
         step, loss, left = 0, math.nan, math.nan
     note = ""
     if state == "running" and (owner := Lock(run.folder / LOG).owner):

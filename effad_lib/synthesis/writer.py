@@ -1,7 +1,6 @@
 """A synthetic data set: on disk in the MVTec AD layout, or in memory."""
 
 import ctypes
-import json
 import multiprocessing
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from effad_lib.documents import DocumentError, is_text, read_json
 from effad_lib.images import read_image
 from effad_lib.memory import keep_memory
 from effad_lib.progress import progress
@@ -72,9 +72,9 @@ def _manifest(folder: Path) -> dict | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        whole = isinstance(manifest["settings"], dict) and all(record["path"] for record in manifest["images"])
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_json(folder / MANIFEST)
+        whole = isinstance(manifest["settings"], dict) and all(is_text(record["path"]) for record in manifest["images"])
+    except (DocumentError, KeyError, TypeError):
         whole = False
     if not whole:
         raise _left_alone(folder, f"its {MANIFEST} is missing or not whole")

@@ -14,24 +14,15 @@ import torch
 from torch import Tensor
 
 from effad_lib import losses
-from effad_lib.cards import is_number
+from effad_lib.checkpoints import broken, check_plain, not_finite, readable, restore_optimiser, restore_scaler
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import channel_statistics, prefetched
+from effad_lib.documents import is_number, is_seconds, is_whole
 from effad_lib.images import NaturalImages, change_colour, draw_colours, to_float
 from effad_lib.memory import kept_memory
 from effad_lib.networks import initialise
 from effad_lib.progress import progress
-from effad_lib.runs import (
-    Run,
-    RunError,
-    broken,
-    check_plain,
-    finish_step_on_interrupt,
-    is_whole,
-    not_finite,
-    readable,
-    write_text,
-)
+from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
 from effad_lib.settings import cores
 from effad_lib.training.settings import TrainingSettings
 from effad_lib.training.step import HEAD_RATES, Draw, Losses, step_factor, training_losses
@@ -131,14 +122,15 @@ class Trainer:
                     bar.set_postfix(now, refresh=False)
                 validated = self.step % settings.validate_every == 0 or last
                 self.seconds = time.monotonic() - began
-                saved = validated or interrupted() or self.step % settings.checkpoint_every == 0
+                stop = interrupted()  # once: what is asked for later is done after the next step
+                saved = validated or stop or self.step % settings.checkpoint_every == 0
                 if saved:
                     self._check_finite()
                 if validated:
                     self._write_board(board, self._record(terms))
                 if saved:
                     self.run.save_checkpoint("last", self.state())
-                if interrupted():
+                if stop:
                     raise KeyboardInterrupt(f"stopped after step {self.step}; started again, the run continues there")
         if settings.checkpoint == "best":
             best = self.run.load_checkpoint("best")
@@ -333,7 +325,7 @@ class Trainer:
             state,
             {
                 "step": (partial(is_whole, most=steps), f"a whole number from 0 to {steps}"),
-                "seconds": (is_number, "a number"),
+                "seconds": (is_seconds, "seconds"),
                 "stale": (is_whole, "a whole number"),
                 "history": (_is_history, "rows of numbers"),
                 "kept": (_is_kept, "pairs of loss and step"),
@@ -341,9 +333,8 @@ class Trainer:
         )
         self.step, self.seconds, self.stale = state["step"], state["seconds"], state["stale"]
         self.history, self.kept = state["history"], [tuple(entry) for entry in state["kept"]]
-        self.optimiser.load_state_dict(state["optimiser"])
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        restore_optimiser(self.optimiser, state["optimiser"], self.step, skips=self.scaler.is_enabled())
+        restore_scaler(self.scaler, state["scaler"])
         self.generator.set_state(state["generator"])
         self.generator_state = state["generator"]
         torch.set_rng_state(state["random"])
