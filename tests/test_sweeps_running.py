@@ -104,8 +104,9 @@ def test_two_sweeps_do_not_work_in_one_folder(counting):
     sweep = planned(arguments)
     with Lock(sweep.folder / "sweep.lock"), pytest.raises(LockError, match=rf"in use by process {os.getpid()} on"):
         run_sweep(**arguments)
-    with Lock(sweep.runs[0].folder / "run.log"), pytest.raises(LockError, match=r"seed1 is in use by process"):
-        run_sweep(**counting("seeds: [1]", force=True))
+    for name in ("run.log", ".lock"):
+        with Lock(sweep.runs[0].folder / name), pytest.raises(LockError, match=r"seed1 is in use by process"):
+            run_sweep(**counting("seeds: [1]", force=True))
     assert starts(sweep.runs[0].folder) == [] and state_of(sweep.runs[0]) == "stopped"
 
 

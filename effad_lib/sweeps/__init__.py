@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from effad_lib.batch import NOTEBOOKS
-from effad_lib.execution import Lock, LockError, import_papermill
+from effad_lib.execution import Lock, LockError, alone_in, import_papermill
 from effad_lib.execution.process import LOG
 from effad_lib.runs import RunError
 from effad_lib.sweeps import live
@@ -138,6 +138,7 @@ def _delete(runs: Sequence[SweepRun]) -> None:
         for run in runs:
             if run.folder.is_dir():
                 held.enter_context(Lock(run.folder / LOG).take(wait=5.0))
+                held.enter_context(alone_in(run.folder))
         for run in runs:
             shutil.rmtree(run.folder, ignore_errors=True)
 
