@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from breaking import processes_of
 from counting import COUNTS, FINISHES, PARAMETERS, WORKS, notebook, numbers, planned, starts, wait_for
 
 from effad_lib import sweeps
@@ -154,20 +155,6 @@ import sys
 from effad_lib.sweeps import SweepSettings, run_sweep
 run_sweep(SweepSettings(sweep="mine", runs=sys.argv[1], workers=3), notebooks=sys.argv[2])
 """
-
-
-def processes_of(folder):
-    """The processes, of any session, that name a folder on their command line or have a file of it open."""
-    found = set()
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            told = (place / "cmdline").read_bytes().decode(errors="replace")
-            files = [os.readlink(link) for link in (place / "fd").iterdir()]
-        except OSError:
-            continue
-        if str(folder) in told or any(file.startswith(str(folder)) for file in files):
-            found.add(int(place.name))
-    return found - {os.getpid()}
 
 
 def counted(folder):
