@@ -195,7 +195,7 @@ def check_links(folder: Path) -> None:
 class Run:
     """A run folder: `parameters.yaml`, `sources.json`, `provenance.json`, `model.safetensors`, `checkpoints/`, `maps/`,
     `figures/`, `tensorboard/` and `metrics.json`, which is written last: a run that has it is done, any other can be
-    resumed.
+    resumed. Its lock is the hidden `.lock`, see `execution.alone_in`.
 
     Raises `RunError` as `check_links`.
     """

@@ -100,6 +100,18 @@ def test_a_kernel_that_dies_is_started_once_more(counting, tmp_path):
     assert table["state"].tolist() == ["done"] and starts(planned(arguments).runs[0].folder) == [1, 4]
 
 
+def test_a_full_disk_stops_the_sweep_and_no_run_has_failed(counting, tmp_path):
+    arguments = counting("seeds: [1]")
+    full = 'if not (Path(run_folder) / "room").exists():\n    raise OSError(28, os.strerror(28))'
+    notebook(tmp_path / "notebooks" / "counting.ipynb", PARAMETERS, COUNTS, WORKS, full, FINISHES)
+    (run,) = planned(arguments).runs
+    with pytest.raises(RunError, match=r"cannot write .*seed1: No space left on device \(\d+ MB free there\)"):
+        run_sweep(**arguments)
+    assert state_of(run) == "stopped"
+    (run.folder / "room").touch()
+    assert run_sweep(**arguments)["state"].tolist() == ["done"] and starts(run.folder) == [1, 4]
+
+
 def test_two_sweeps_do_not_work_in_one_folder(counting):
     arguments = counting("seeds: [1]")
     sweep = planned(arguments)

@@ -64,7 +64,7 @@ def two_trainings(data: Path, folder: Path) -> Job:
     parameters = next("".join(cell["source"]) for cell in shipped if cell["metadata"].get("tags") == ["parameters"])
     notebook(folder / "03_training.ipynb", parameters, TRAINS, MEASURES)
     values = {"dataset": "folder", "category": "", "data_root": str(data), "image_size": [64, 64], "device": "cpu"}
-    values |= {"steps": 40, "validate_every": 10, "checkpoint_every": 4}
+    values |= {"steps": 20, "validate_every": 10, "checkpoint_every": 4}
     sweep = {"notebooks": ["03_training"], "parameters": values, "seeds": [0, 1]}
     (folder / "two.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
     return Job(f"sweep {folder / 'two.yaml'} --runs {{folder}} --workers 2 --threads 1".split(), notebooks=folder)

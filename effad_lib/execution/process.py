@@ -159,6 +159,9 @@ def main(told: Mapping[str, Any]) -> int:
     except LockError as refusal:
         _print(refusal)
         return REFUSED
+    except RunError as error:  # not even a line of the log can be written
+        _print(error)
+        return FULL if _tells_of_full_disk(error) else 1
     except KeyboardInterrupt as interrupt:
         _print(interrupt)
         return STOPPED
