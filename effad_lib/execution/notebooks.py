@@ -74,13 +74,18 @@ class _WholeFiles:
 
 
 @functools.cache
+def _register(papermill: Any) -> None:
+    """Tell papermill of `WHOLE`, once."""
+    papermill.iorw.papermill_io.register(WHOLE, _WholeFiles())
+
+
 def import_papermill() -> Any:
     """Return papermill; raises `RunError` that names the remedy if it is not installed."""
     try:
         import papermill
     except ImportError as error:
         raise RunError('running notebooks needs papermill and Jupyter: pip install "effad[notebooks]"') from error
-    papermill.iorw.papermill_io.register(WHOLE, _WholeFiles())
+    _register(papermill)
     return papermill
 
 
