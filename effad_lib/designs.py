@@ -19,6 +19,7 @@ from effad_lib.distillation.loop import Distiller, sources
 from effad_lib.distillation.processes import Processes
 from effad_lib.distillation.targets import RecordedViews, Views, photographs
 from effad_lib.documents import Takes, is_number, is_share, read_json
+from effad_lib.execution import alone_in
 from effad_lib.images import Size
 from effad_lib.networks import OUT, PDN, PDN_LAYERS, Autoencoder, Conv, Layers, Pool, multiply_adds
 from effad_lib.probing import METRICS, check, probe
@@ -101,7 +102,8 @@ def explore(
     `probing.probe`. The table is written anew after each design; a finished distillation or probe is not done again,
     and an interrupted distillation continues. Columns: design, layers, teacher_gmac and detector_gmac (`cost`), steps,
     held_out_loss, explained_variance (its mean over channels), and each of `probing.METRICS` for each split that has
-    it. Raises `SettingsError`, `ImageError`, `DatasetError` or `RunError` before work starts.
+    it. Raises `SettingsError`, `ImageError`, `DatasetError` or `RunError` before work starts, such as `LockError` while
+    another process works in the folder.
     """
     for name in names:
         check_design(name)
@@ -122,30 +124,31 @@ def explore(
     costs = {name: cost(name, settings.channels) for name in names}
     names = sorted(names, key=lambda name: costs[name]["detector_gmac"])
     made_from = sources(settings, [*natural.paths, *held_out.paths]) | {"views": str(views)}
-    runs = {}
-    for name in names:
-        layers = hashlib.sha256(repr(DESIGNS[name]).encode()).hexdigest()
-        own = replace(settings, size=base_size(name), run_folder=str(resolve(settings.run_folder) / name))
-        runs[name] = Run(own.run_folder), own
-        runs[name][0].start(own, made_from | {"layers": layers})
-    recorded, rows = None, []
-    for name in progress(names, desc="designs"):
-        run, own = runs[name]
-        if not run.done:
-            recorded = recorded or RecordedViews(Views(settings, natural, backbone), views, device)
-            distiller = Distiller(own, run, recorded, device, Processes(), DESIGNS[name])
-            distiller.loop()
-            loss, explained = distiller.judge(held_out)
-            seconds = round(distiller.seconds, 1)
-            run.finish(
-                {"held_out_loss": loss, "explained_variance": sum(explained) / len(explained), "seconds": seconds}
-            )
-        found = read_json(run.folder / "metrics.json", takes=DISTILLED, needed=DISTILLED)
-        found = {metric: found[metric] for metric in DISTILLED}
-        found |= _probed(name, run, own, splits, {"image_size": list(image_size), "bank": bank, "seed": own.seed})
-        rows.append({"design": name, "layers": describe(DESIGNS[name]), **costs[name], "steps": own.steps, **found})
-        write_text(out, pd.DataFrame(rows).round(4).to_csv(index=False, lineterminator="\n"))
-    return pd.DataFrame(rows)
+    with alone_in(settings.run_folder):
+        runs = {}
+        for name in names:
+            layers = hashlib.sha256(repr(DESIGNS[name]).encode()).hexdigest()
+            own = replace(settings, size=base_size(name), run_folder=str(resolve(settings.run_folder) / name))
+            runs[name] = Run(own.run_folder), own
+            runs[name][0].start(own, made_from | {"layers": layers})
+        recorded, rows = None, []
+        for name in progress(names, desc="designs"):
+            run, own = runs[name]
+            if not run.done:
+                recorded = recorded or RecordedViews(Views(settings, natural, backbone), views, device)
+                distiller = Distiller(own, run, recorded, device, Processes(), DESIGNS[name])
+                distiller.loop()
+                loss, explained = distiller.judge(held_out)
+                seconds = round(distiller.seconds, 1)
+                run.finish(
+                    {"held_out_loss": loss, "explained_variance": sum(explained) / len(explained), "seconds": seconds}
+                )
+            found = read_json(run.folder / "metrics.json", takes=DISTILLED, needed=DISTILLED)
+            found = {metric: found[metric] for metric in DISTILLED}
+            found |= _probed(name, run, own, splits, {"image_size": list(image_size), "bank": bank, "seed": own.seed})
+            rows.append({"design": name, "layers": describe(DESIGNS[name]), **costs[name], "steps": own.steps, **found})
+            write_text(out, pd.DataFrame(rows).round(4).to_csv(index=False, lineterminator="\n"))
+        return pd.DataFrame(rows)
 
 
 def _probed(

@@ -42,6 +42,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 """The folder of the workbook: relative paths in settings are taken from here, wherever a notebook's kernel runs."""
 
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says when a disk is full, or a user's share of it."""
+
 FORSAKEN = 3600.0
 """Seconds without a change after which what is half made counts as that of a process that was killed."""
 
@@ -109,7 +112,7 @@ def unwritable(path: Path, error: OSError) -> RunError:
     if error.errno == errno.ENAMETOOLONG:
         return LongNameError(f"{said}. Shorten the name.")
     remedy = ". Choose another folder"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_SPACE:
         there = next(folder for folder in path.parents if folder.exists())
         remedy = (
             f" ({shutil.disk_usage(there).free / 2**20:.0f} MB free there). Free some space or choose another folder"
@@ -225,7 +228,7 @@ METRICS: Takes = {
 class Run:
     """A run folder: `parameters.yaml`, `sources.json`, `provenance.json`, `model.safetensors`, `checkpoints/`, `maps/`,
     `figures/`, `tensorboard/` and `metrics.json`, which is written last: a run that has it is done, any other can be
-    resumed.
+    resumed. Its lock is the hidden `.lock`, see `execution.alone_in`.
 
     Raises `RunError` as `check_links`.
     """

@@ -7,6 +7,7 @@ starting it again fifty times costs milliseconds each and not the seconds of its
 from __future__ import annotations
 
 import builtins
+import contextlib
 import csv
 import ctypes
 import errno
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +30,21 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from effad_lib.execution.process import GRACE
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    [f"effad_lib.{name}" for name in ("cli", "training", "distillation", "reports", "export", "watching", "synthesis")]
+    [f"effad_lib.{name}" for name in "cli training distillation reports export watching synthesis sweeps".split()]
     + ["torch.utils.tensorboard"]
 )
 
 NO_DISK = 77
 """Exit code where this user may not make a small disk."""
 
-LEFT_OUT = {"provenance.json", "tensorboard", "watch.lock"}
+LEFT_OUT = {"provenance.json", "tensorboard", "watch.lock", "sweep.lock", "run.log"}
 """Files and folders that tell of each start, and are not compared."""
 
-TIMES = ("seconds", "latency_ms")
+TIMES = ("seconds", "training_seconds", "latency_ms")
 """Names of values that are measured in time, and never the same twice."""
 
 
@@ -53,6 +57,8 @@ class Job:
     """What lies in the folder at first."""
     until: Callable[[Path], bool] | None = None
     """When to end it by Ctrl-C, if it never ends by itself."""
+    notebooks: Path | None = None
+    """The folder of the notebooks, if it is a sweep of others than ours."""
 
     def prepare(self, folder: Path) -> None:
         """Put the folder into the state from which the command starts anew."""
@@ -67,12 +73,13 @@ class Job:
 class Fault:
     """What happens at the `file`-th file that a command writes whole, or everywhere on a disk of so many bytes.
 
-    That file is cut in half where `cut` says so; then the process is killed or, with `read_only`, neither this file nor
-    any other can be written and no folder can be made.
+    That file is cut in half where `cut` says so; then the process is killed or, with `stop`, stopped, or, with
+    `read_only`, neither this file nor any other can be written and no folder can be made.
     """
 
     file: int = 0
     cut: bool = False
+    stop: bool = False
     read_only: bool = False
     disk: int = 0
 
@@ -94,7 +101,7 @@ class Ended:
 # --- what happens on the other side ---------------------------------------------------------------------------------
 
 
-def _command(arguments: list[str], folder: Path, said: Path, fault: Fault) -> None:
+def _command(arguments: list[str], notebooks: Path | None, folder: Path, said: Path, fault: Fault) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -102,8 +109,12 @@ def _command(arguments: list[str], folder: Path, said: Path, fault: Fault) -> No
     os.dup2(output, 2)
     os.environ["MPLBACKEND"] = "Agg"
     torch.set_num_threads(1)
+    from effad_lib import sweeps
     from effad_lib.cli import main
 
+    if notebooks:
+        for name in ("load_sweep", "run_sweep"):
+            setattr(sweeps, name, partial(getattr(sweeps, name), notebooks=notebooks))
     if fault.disk:
         _small_disk(folder, fault.disk)
     count = _count_files(folder, fault)
@@ -128,7 +139,7 @@ def _count_files(folder: Path, fault: Fault) -> list[int]:
         if fault.cut:
             os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
         if not fault.read_only:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSTOP if fault.stop else signal.SIGKILL)
         _read_only(folder)
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -176,42 +187,67 @@ def _small_disk(folder: Path, size: int) -> None:
 # --- what is seen from here -----------------------------------------------------------------------------------------
 
 
-def run(job: Job, folder: Path, fault: Fault = Fault(), kill_after: float | None = None) -> Ended:
-    """Run a job with a fault, or kill its main process after some seconds. All that it started must end with it."""
+def start(job: Job, folder: Path, fault: Fault = Fault()) -> tuple[Any, Path]:
+    """Start a job with a fault; return its main process and the file of what it prints."""
     said = folder.with_name("said.txt")
     said.unlink(missing_ok=True)
     arguments = [argument.format(folder=folder) for argument in job.arguments]
-    process = FORKS.Process(target=_command, args=(arguments, folder, said, fault))
-    began, told = time.monotonic(), False
+    process = FORKS.Process(target=_command, args=(arguments, job.notebooks, folder, said, fault))
     process.start()
+    return process, said
+
+
+def run(job: Job, folder: Path, fault: Fault = Fault(), kill_after: float | None = None) -> Ended:
+    """Run a job with a fault, or kill it after some seconds: its main process or, of a sweep, everything.
+
+    All that it started must end with it.
+    """
+    began, told = time.monotonic(), False
+    process, said = start(job, folder, fault)
     while process.is_alive():
         process.join(0.01)
         seconds = time.monotonic() - began
         assert seconds < 300, said.read_text()
         if kill_after is not None and seconds >= kill_after:
-            process.kill()
+            for number in _session(process.pid) | processes_of(folder) if job.notebooks else {process.pid}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
         if job.until and not told and job.until(folder):
             told = True
             os.kill(process.pid, signal.SIGINT)
     seconds = time.monotonic() - began
-    until = time.monotonic() + 10
-    while left := _session(process.pid):
+    until = time.monotonic() + (GRACE if job.notebooks else 10)
+    while left := _session(process.pid) | (processes_of(folder) if job.notebooks else set()):
         assert time.monotonic() < until, f"processes {left} are left"
         time.sleep(0.01)
     return Ended(process.exitcode, said.read_text() if said.is_file() else "", seconds)
 
 
-def _session(number: int) -> list[int]:
+def _session(number: int) -> set[int]:
     """Return the processes that belong to a session and have not ended."""
-    found = []
+    found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
         except OSError:
             continue
         if int(session) == number and state != "Z":
-            found.append(int(path.parent.name))
+            found.add(int(path.parent.name))
     return found
+
+
+def processes_of(folder: Path) -> set[int]:
+    """Return the processes, of any session, that name a folder on their command line or have a file of it open."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            told = (place / "cmdline").read_bytes().decode(errors="replace")
+            files = [os.readlink(link) for link in (place / "fd").iterdir()]
+        except OSError:
+            continue
+        if str(folder) in told or any(file.startswith(str(folder)) for file in files):
+            found.add(int(place.name))
+    return found - {os.getpid()}
 
 
 def visible(folder: Path) -> list[Path]:
@@ -242,9 +278,14 @@ def content(path: Path) -> Any:
             card = {entry.key: timeless(json.loads(entry.value)) for entry in model.metadata_props}
             del model.metadata_props[:]
             return [card, model.SerializeToString(deterministic=True)]
+        case ".ipynb":
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            return [["".join(cell["source"]), cell["metadata"].get("papermill", {}).get("status")] for cell in cells]
         case ".html":
             text = path.read_text(encoding="utf-8")
             assert text.endswith("\n")
+            if "minutes a run" in text:  # the page of a sweep, whose other figures are in its tables
+                return re.sub(r"<td>[\d.]+</td>", "", text)
             return re.sub(rf"<th>({'|'.join(TIMES)})</th>\s*<td>[^<]*</td>", "", text)
         case _:
             data = path.read_bytes()

@@ -1,16 +1,19 @@
 """The lock of a folder: one at a time, even in the same instant; it dies with its owner and all that it started."""
 
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from effad_lib.execution import lock as locks
-from effad_lib.execution.lock import STALE, Lock, LockError
+from effad_lib.execution.lock import RUN_LOCK, STALE, Lock, LockError, alone_in
+from effad_lib.runs import RunError
 
 HOLDS = """
 import sys, time
@@ -48,7 +51,7 @@ def test_one_owner_at_a_time_who_is_named(tmp_path):
             second.take()
     assert not first.is_held and first.was_given_back
     with second:
-        assert len((tmp_path / "lock").read_text().splitlines()) == 2
+        assert (tmp_path / "lock").read_text().count('"pid"') == 2
         first.check()
 
 
@@ -139,4 +142,80 @@ def test_lines_that_a_kernel_printed_into_the_log_name_nobody(tmp_path):
     left_by(tmp_path / "log", "elsewhere", pid=9)
     with open(tmp_path / "log", "ab") as file:
         file.write(b"Segmentation fault \xff\n{}\n[1, 2]\n")
+        for pid, since in (('"1"', '""'), ("true", '""'), ("-1", '""'), ("1" + 99 * "0", '""'), ("1", "2026")):
+            file.write(f'{{"host": "{socket.gethostname()}", "pid": {pid}, "since": {since}}}\n'.encode())
+        file.write(b"no end of line")
     assert Lock(tmp_path / "log").owner.pid == 9
+    os.utime(tmp_path / "log", (0, 0))
+    with Lock(tmp_path / "log") as lock:
+        lock.check()
+
+
+# --- a run folder ---------------------------------------------------------------------------------------------------
+
+
+def test_one_process_at_a_time_writes_into_a_run_folder(tmp_path):
+    folder = tmp_path / "run"
+    process = holder(folder / RUN_LOCK)
+    assert process.stdout.readline() == "taken\n"
+    for _ in range(2):
+        with pytest.raises(LockError, match=f"run is in use by process {process.pid} on"), alone_in(folder):
+            raise AssertionError
+    process.kill()
+    process.wait()
+    with alone_in(folder):  # at once
+        assert Lock(folder / RUN_LOCK).owner.pid == os.getpid()
+
+
+def test_what_is_called_while_a_run_folder_is_held_holds_it_too_but_no_other_thread_does(tmp_path):
+    def elsewhere():
+        with alone_in(tmp_path):
+            return True
+
+    with ThreadPoolExecutor() as threads:
+        with alone_in(tmp_path):
+            for _ in range(2):
+                with alone_in(f"{tmp_path}/../{tmp_path.name}"), alone_in(tmp_path / "inner"):
+                    assert Lock(tmp_path / RUN_LOCK).is_held
+            assert Lock(tmp_path / RUN_LOCK).is_held and Lock(tmp_path / "inner" / RUN_LOCK).was_given_back
+            with pytest.raises(LockError, match=f"in use by process {os.getpid()} on"):
+                threads.submit(elsewhere).result()
+        assert Lock(tmp_path / RUN_LOCK).was_given_back and threads.submit(elsewhere).result()
+    with pytest.raises(ValueError, match="mine"), alone_in(tmp_path):
+        raise ValueError("mine")
+    assert Lock(tmp_path / RUN_LOCK).was_given_back
+
+
+def test_a_run_folder_in_which_nothing_can_be_written_is_refused_by_name(tmp_path, monkeypatch, full_disk):
+    open_files = len(os.listdir("/dev/fd"))
+    with full_disk(10), pytest.raises(RunError, match=rf"cannot write {tmp_path}/\.lock"), alone_in(tmp_path):
+        raise AssertionError
+    with alone_in(tmp_path):  # it was not kept
+        pass
+
+    def read_only(path, *args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "open", read_only)
+        with (
+            pytest.raises(RunError, match=r"cannot write .*\.lock: Read-only file system\. Choose"),
+            alone_in(tmp_path),
+        ):
+            raise AssertionError
+    assert len(os.listdir("/dev/fd")) == open_files
+
+
+def test_without_locks_of_the_file_system_signs_of_life_keep_processes_apart(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", none)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    left_by(tmp_path / RUN_LOCK, socket.gethostname(), pid=os.getppid())
+    with pytest.raises(LockError, match=f"process {os.getppid()} on"), alone_in(tmp_path):
+        raise AssertionError
+    left_by(tmp_path / RUN_LOCK, socket.gethostname(), pid=2**22 - 1)  # killed
+    for _ in range(2):
+        with alone_in(tmp_path), alone_in(tmp_path):
+            assert Lock(tmp_path / RUN_LOCK).is_held

@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from breaking import processes_of
 from counting import COUNTS, FINISHES, PARAMETERS, WORKS, notebook, numbers, planned, starts, wait_for
 
 from effad_lib import sweeps
@@ -99,13 +100,26 @@ def test_a_kernel_that_dies_is_started_once_more(counting, tmp_path):
     assert table["state"].tolist() == ["done"] and starts(planned(arguments).runs[0].folder) == [1, 4]
 
 
+def test_a_full_disk_stops_the_sweep_and_no_run_has_failed(counting, tmp_path):
+    arguments = counting("seeds: [1]")
+    full = 'if not (Path(run_folder) / "room").exists():\n    raise OSError(28, os.strerror(28))'
+    notebook(tmp_path / "notebooks" / "counting.ipynb", PARAMETERS, COUNTS, WORKS, full, FINISHES)
+    (run,) = planned(arguments).runs
+    with pytest.raises(RunError, match=r"cannot write .*seed1: No space left on device \(\d+ MB free there\)"):
+        run_sweep(**arguments)
+    assert state_of(run) == "stopped"
+    (run.folder / "room").touch()
+    assert run_sweep(**arguments)["state"].tolist() == ["done"] and starts(run.folder) == [1, 4]
+
+
 def test_two_sweeps_do_not_work_in_one_folder(counting):
     arguments = counting("seeds: [1]")
     sweep = planned(arguments)
     with Lock(sweep.folder / "sweep.lock"), pytest.raises(LockError, match=rf"in use by process {os.getpid()} on"):
         run_sweep(**arguments)
-    with Lock(sweep.runs[0].folder / "run.log"), pytest.raises(LockError, match=r"seed1 is in use by process"):
-        run_sweep(**counting("seeds: [1]", force=True))
+    for name in ("run.log", ".lock"):
+        with Lock(sweep.runs[0].folder / name), pytest.raises(LockError, match=r"seed1 is in use by process"):
+            run_sweep(**counting("seeds: [1]", force=True))
     assert starts(sweep.runs[0].folder) == [] and state_of(sweep.runs[0]) == "stopped"
 
 
@@ -153,20 +167,6 @@ import sys
 from effad_lib.sweeps import SweepSettings, run_sweep
 run_sweep(SweepSettings(sweep="mine", runs=sys.argv[1], workers=3), notebooks=sys.argv[2])
 """
-
-
-def processes_of(folder):
-    """The processes, of any session, that name a folder on their command line or have a file of it open."""
-    found = set()
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            told = (place / "cmdline").read_bytes().decode(errors="replace")
-            files = [os.readlink(link) for link in (place / "fd").iterdir()]
-        except OSError:
-            continue
-        if str(folder) in told or any(file.startswith(str(folder)) for file in files):
-            found.add(int(place.name))
-    return found - {os.getpid()}
 
 
 def counted(folder):

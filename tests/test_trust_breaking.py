@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from breaking import NO_DISK, Ended, Fault, Job, check_same, contents, run
+import yaml
+from breaking import NO_DISK, Ended, Fault, Job, check_same, contents, run, start
+from counting import notebook
 from safetensors.torch import save_file
 
 from effad_lib.cli import main
@@ -34,12 +36,38 @@ pytestmark = [
 KILLS = int(os.environ.get("EFFAD_KILLS", "1"))
 """How often each job is killed, and how many faults of its disk it meets of each kind."""
 
-NAMES = ["train", "distill", "synthesize", "damage", "evaluate", "export", "openvino", "detect", "watch", "gallery"]
+NAMES = ["train", "distill", "synthesize", "damage", "evaluate", "export", "openvino", "detect", "watch", "sweep"]
+NAMES += ["gallery"]
 
 
 def training(data: Path) -> list[str]:
     settings = f"--dataset folder --data-root {data} --size XS --image-size 64 64 --steps 40 --validate-every 10"
     return f"train --run-folder {{folder}} {settings} --checkpoint-every 4 --device cpu".split()
+
+
+TRAINS = """from effad_lib.datasets import load_dataset
+from effad_lib.evaluation import evaluate_run, finish_run
+from effad_lib.training import TrainingSettings, train
+
+settings = TrainingSettings.from_notebook(globals())
+names = ("category", "seed", "validation_share")
+split = load_dataset(dataset, root=data_root, **{name: getattr(settings, name) for name in names})
+train(settings, split)"""
+
+MEASURES = """detector, split, found = evaluate_run(run_folder, device)
+finish_run(run_folder, detector, found)"""
+
+
+def two_trainings(data: Path, folder: Path) -> Job:
+    """A sweep of two seeds, each trained and measured by a notebook that does nothing else."""
+    shipped = json.loads((PROJECT / "notebooks" / "03_training.ipynb").read_text(encoding="utf-8"))["cells"]
+    parameters = next("".join(cell["source"]) for cell in shipped if cell["metadata"].get("tags") == ["parameters"])
+    notebook(folder / "03_training.ipynb", parameters, TRAINS, MEASURES)
+    values = {"dataset": "folder", "category": "", "data_root": str(data), "image_size": [64, 64], "device": "cpu"}
+    values |= {"steps": 20, "validate_every": 10, "checkpoint_every": 4}
+    sweep = {"notebooks": ["03_training"], "parameters": values, "seeds": [0, 1]}
+    (folder / "two.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    return Job(f"sweep {folder / 'two.yaml'} --runs {{folder}} --workers 2 --threads 1".split(), notebooks=folder)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +102,8 @@ def job(request, stripes_with_dents) -> Job:
     if name == "damage":
         photographs = data / "train" / "good"
         return Job(f"damage {photographs} {{folder}} --test-good 3 --test-per-defect 2 --workers 2".split())
+    if name == "sweep":
+        return two_trainings(data, asked("tmp_path_factory").mktemp("notebooks"))
     run_folder = asked("trained")
     if name == "evaluate":
         return Job("evaluate {folder} --device cpu".split(), given=run_folder)
@@ -150,6 +180,8 @@ def test_killed_anywhere_it_goes_on_and_ends_as_undisturbed(job, undisturbed, fo
 
 
 def test_a_disk_that_becomes_read_only_is_one_clear_error(job, undisturbed, folder, request):
+    if job.notebooks:
+        pytest.skip("the fault reaches one process, and a sweep has many")
     rng = random.Random(request.node.name)
     for _ in range(KILLS):
         job.prepare(folder)
@@ -176,6 +208,23 @@ def test_a_disk_that_fills_up_is_one_clear_error(job, undisturbed, folder, reque
         folder.with_name("left").rename(folder)
         contents(folder)
         check_goes_on(job, folder, undisturbed)
+
+
+@pytest.mark.parametrize("job", ["train", "distill", "evaluate"], indirect=True)
+def test_of_two_at_once_in_a_run_folder_the_second_is_refused(job, undisturbed, folder):
+    """The first is stopped in the middle of its work, then killed: what is started next goes on at once."""
+    job.prepare(folder)
+    first, _ = start(job, folder, Fault(file=4, stop=True))
+    until = time.monotonic() + 120
+    while Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < until and first.is_alive()
+        time.sleep(0.02)
+    before = contents(folder)
+    check_refused(run(job, folder), f"{folder} is in use by process {first.pid} on")
+    check_same(contents(folder), before)
+    first.kill()
+    first.join()
+    check_goes_on(job, folder, undisturbed)
 
 
 def check_refused(ended: Ended, says: str) -> None:

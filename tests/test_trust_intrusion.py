@@ -141,7 +141,7 @@ def test_maps_that_are_not_of_an_evaluation_stay(evaluated_run, tmp_path):
     assert (run / "maps" / "mine.npz").exists() and not (run / "maps" / "00099.npz").exists()
 
 
-@pytest.mark.parametrize("name", ["watch.lock", "run.log"])
+@pytest.mark.parametrize("name", ["watch.lock", "run.log", ".lock"])
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path, name):
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / name).symlink_to(tmp_path / "mine.txt")

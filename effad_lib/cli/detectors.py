@@ -56,6 +56,7 @@ def evaluate(options: argparse.Namespace) -> int:
     """Measure trained runs on their test images; writes metrics.json, scores.csv, maps and report.html into each."""
     os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are written, no window is opened
     from effad_lib import batch, evaluation, reports
+    from effad_lib.execution import alone_in
     from effad_lib.runs import here
 
     allow_data_files(options)
@@ -63,11 +64,12 @@ def evaluate(options: argparse.Namespace) -> int:
     splits = [evaluation.data_to_test(folder) for folder in folders]  # all, before the first is evaluated
     targets = _tiff_folders(options.save_tiffs, folders, splits)
     for folder, split, target in zip(folders, splits, targets, strict=True):
-        detector, _, found = evaluation.evaluate_run(folder, options.device, split)
-        if target:
-            found.save_tiffs(target)
-        result = evaluation.finish_run(folder, detector, found)
-        page = reports.write_report(folder, found, detector.image_size, result)
+        with alone_in(folder):
+            detector, _, found = evaluation.evaluate_run(folder, options.device, split)
+            if target:
+                found.save_tiffs(target)
+            result = evaluation.finish_run(folder, detector, found)
+            page = reports.write_report(folder, found, detector.image_size, result)
         print(batch.as_text(batch.results([folder])))
         for table in (found.by_defect(), found.decisions()):
             if len(table):

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation, photographs, prefetched
 from effad_lib.distillation.teachers import save_teacher
 from effad_lib.documents import is_number, is_seconds, is_whole
+from effad_lib.execution import alone_in
 from effad_lib.images import NaturalImages
 from effad_lib.memory import enough_memory, kept_memory
 from effad_lib.networks import PDN, Layers
@@ -60,8 +61,8 @@ def distil(settings: DistillationSettings) -> Run:
 
     Writes `teacher.safetensors` with its card `teacher.json`, TensorBoard scalars, a checkpoint now and then, and
     `metrics.json` at the end. Started by `torchrun`, the processes share each batch, and the result is that of one
-    process but for rounding. Raises `SettingsError`, `ImageError` or `RunError` before work starts, and `OutOfMemory`
-    when a step takes too much. Algorithm 3.
+    process but for rounding. Raises `SettingsError`, `ImageError` or `RunError` before work starts, such as `LockError`
+    while another process works in the folder, and `OutOfMemory` when a step takes too much. Algorithm 3.
     """
     run = Run(settings.run_folder)
     with joined(pick_device(settings.device)) as (processes, device):
@@ -72,18 +73,19 @@ def distil(settings: DistillationSettings) -> Run:
         workers = 0 if device.type == "cpu" else (os.cpu_count() or 1) // processes.count
         natural, held_out = photographs(settings, workers)
         backbone = load_backbone(settings.backbone, settings.backbone_weights, width=settings.channels).to(device)
-        if processes.rank == 0:
-            run.start(settings, sources(settings, [*natural.paths, *held_out.paths]))
-        processes.wait()
-        if not run.done:
-            views = Views(settings, natural, backbone)
-            sizes = {name: getattr(settings, name) for name in ("backbone", "size", "image_size", "batch_size")}
-            with enough_memory(run.folder, sizes):
-                distiller = Distiller(settings, run, views, device, processes)
-                distiller.loop()
-                if processes.rank == 0:
-                    distiller.finish(held_out)
+        with alone_in(run.folder) if processes.rank == 0 else nullcontext():
+            if processes.rank == 0:
+                run.start(settings, sources(settings, [*natural.paths, *held_out.paths]))
             processes.wait()
+            if not run.done:
+                views = Views(settings, natural, backbone)
+                sizes = {name: getattr(settings, name) for name in ("backbone", "size", "image_size", "batch_size")}
+                with enough_memory(run.folder, sizes):
+                    distiller = Distiller(settings, run, views, device, processes)
+                    distiller.loop()
+                    if processes.rank == 0:
+                        distiller.finish(held_out)
+                processes.wait()
     return run
 
 

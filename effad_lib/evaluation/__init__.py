@@ -21,6 +21,7 @@ from effad_lib.evaluation.result import (
     worst_mistakes,
 )
 from effad_lib.evaluation.scoring import evaluate
+from effad_lib.execution import alone_in
 from effad_lib.metrics import image_auroc
 from effad_lib.runs import Run, RunError
 from effad_lib.settings import Settings, SettingsError, pick_device
@@ -129,16 +130,17 @@ def finish_run(run_folder: str | Path, detector: EfficientAD, found: Evaluation)
     """Write `scores.csv`, the maps and, last, `metrics.json` into a run; return what the latter holds.
 
     An earlier `metrics.json` goes first: killed in between, the run is not done, and nobody takes two evaluations for
-    one.
+    one. Raises `LockError` while another process trains or measures in the folder.
 
     Keys: data, the metrics, the image AU-ROC without map quantiles (`image_auroc_unnormalised`, the paper's first
     ablation), the latency, and of the training its seconds, its steps and the size of the networks.
     """
     run = Run(run_folder)
-    (run.folder / "metrics.json").unlink(missing_ok=True)
-    found.save(run.folder)
-    card = {name: detector.card.get(name) for name in ("seconds", "steps", "size")}
-    plain = {"image_auroc_unnormalised": image_auroc(unnormalised_scores(detector, found), found.labels)}
-    result = {"data": detector.card.get("data", "unknown"), **found.metrics(), **plain, **latency(detector), **card}
-    run.finish(result)
+    with alone_in(run.folder):
+        (run.folder / "metrics.json").unlink(missing_ok=True)
+        found.save(run.folder)
+        card = {name: detector.card.get(name) for name in ("seconds", "steps", "size")}
+        plain = {"image_auroc_unnormalised": image_auroc(unnormalised_scores(detector, found), found.labels)}
+        result = {"data": detector.card.get("data", "unknown"), **found.metrics(), **plain, **latency(detector), **card}
+        run.finish(result)
     return result

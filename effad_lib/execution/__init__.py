@@ -4,7 +4,7 @@ It needs neither torch nor Jupyter to be imported: beside every kernel of a swee
 it, and these should be small.
 """
 
-from effad_lib.execution.lock import Lock, LockError, Owner
+from effad_lib.execution.lock import Lock, LockError, Owner, alone_in
 from effad_lib.execution.notebooks import Task, execute, import_papermill, last_step, source_hash
 
-__all__ = ["Lock", "LockError", "Owner", "Task", "execute", "import_papermill", "last_step", "source_hash"]
+__all__ = ["Lock", "LockError", "Owner", "Task", "alone_in", "execute", "import_papermill", "last_step", "source_hash"]

@@ -10,6 +10,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from effad_lib.documents import Takes, fault, is_text, is_whole
-from effad_lib.runs import RunError, unwritable
+from effad_lib.runs import RunError, resolve, unwritable
 
 try:
     import fcntl
@@ -28,6 +30,9 @@ HEARTBEAT, STALE = 10.0, 120.0
 """Seconds between signs of life, and after how many without one an owner on another machine counts as dead.
 
 The clocks of machines that share a folder must agree to within a minute."""
+
+RUN_LOCK = ".lock"
+"""The lock of a run folder, held by whoever trains, distils or measures in it."""
 
 
 OWNER: Takes = {
@@ -97,9 +102,8 @@ class Lock:
         """Who holds the lock, or held it last."""
         with contextlib.suppress(OSError):
             for line in reversed(self.path.read_text(encoding="utf-8", errors="replace").splitlines()):
-                with contextlib.suppress(
-                    ValueError, TypeError, RecursionError
-                ):  # a line that something else wrote into a log
+                # A line that something else wrote into a log is passed by.
+                with contextlib.suppress(ValueError, TypeError, RecursionError):
                     return Owner(**json.loads(line))
         return None
 
@@ -128,25 +132,32 @@ class Lock:
         `RunError` if it cannot be written."""
         if fcntl is None:
             raise RunError("this needs the file locks of Linux or macOS, which this system does not have.")
-        if self.descriptor is None:
-            try:
+        try:
+            if self.descriptor is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 # No link is followed: the file that it leads to is not ours to write.
                 flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-                self.descriptor = os.open(self.path, flags, 0o644)
-            except OSError as error:
-                raise unwritable(self.path, error) from error
-        until = time.monotonic() + wait
-        while not self._try():
-            if time.monotonic() >= until:
-                raise LockError(self._refusal())
-            time.sleep(0.2)
-        self._owner = Owner.here()
-        os.write(self.descriptor, (json.dumps(asdict(self._owner)) + "\n").encode())
-        threading.Thread(target=self._beat, daemon=True).start()
-        if not self._enforced:  # somebody else may have done the same just now: the last one has it
-            time.sleep(1.0)
-            self.check()
+                self.descriptor = os.open(self.path, flags, 0o666)
+            until = time.monotonic() + wait
+            while not self._try():
+                if time.monotonic() >= until:
+                    raise LockError(self._refusal())
+                time.sleep(0.2)
+            owner = Owner.here()
+            line = f"\n{json.dumps(asdict(owner))}\n".encode()  # on a line of its own, whatever was printed before
+            if os.write(self.descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._owner, self._over = owner, threading.Event()
+            threading.Thread(target=self._beat, args=(self._over,), daemon=True).start()
+            if not self._enforced:  # somebody else may have done the same just now: the last one has it
+                time.sleep(1.0)
+                self.check()
+        except OSError as error:
+            self.leave()
+            raise unwritable(self.path, error) from error
+        except BaseException:
+            self.leave()
+            raise
         return self
 
     def _try(self) -> bool:
@@ -182,8 +193,8 @@ class Lock:
         if self._owner is not None and self.owner != self._owner:
             raise LockError(self._refusal())
 
-    def _beat(self) -> None:
-        while not self._over.wait(HEARTBEAT):
+    def _beat(self, over: threading.Event) -> None:
+        while not over.wait(HEARTBEAT):
             with contextlib.suppress(OSError):
                 os.utime(self.descriptor)
 
@@ -192,7 +203,8 @@ class Lock:
         self._over.set()
         if self.descriptor is not None:
             if self._owner is not None and self.owner == self._owner:
-                os.utime(self.descriptor, (0, 0))
+                with contextlib.suppress(OSError):
+                    os.utime(self.descriptor, (0, 0))
             if self._opened:
                 os.close(self.descriptor)
                 self.descriptor = None
@@ -203,3 +215,25 @@ class Lock:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.leave()
+
+
+_held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Hold the lock of a run folder while something writes into it; what is called meanwhile holds it too.
+
+    Raises `LockError` while another process, or another thread of this one, holds it, and `RunError` for a folder in
+    which nothing can be written. What only reads a run does not ask.
+    """
+    folder = resolve(folder)
+    if folder in _held.get():
+        yield
+        return
+    with Lock(folder / RUN_LOCK):
+        before = _held.set(_held.get() | {folder})
+        try:
+            yield
+        finally:
+            _held.reset(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -62,12 +63,33 @@ def source_hash(notebook: Path) -> str:
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
+WHOLE = "whole://"
+"""What papermill writes to a path that begins so is `_WholeFiles`'."""
+
+
+class _WholeFiles:
+    """Files that papermill writes whole or not at all: it saves the notebook after each cell."""
+
+    def write(self, text: str, path: str) -> None:
+        write_text(path.removeprefix(WHOLE), text)
+
+    def pretty_path(self, path: str) -> str:
+        return path
+
+
+@functools.cache
+def _register(papermill: Any) -> None:
+    """Tell papermill of `WHOLE`, once."""
+    papermill.iorw.papermill_io.register(WHOLE, _WholeFiles())
+
+
 def import_papermill() -> Any:
     """Return papermill; raises `RunError` that names the remedy if it is not installed."""
     try:
         import papermill
     except ImportError as error:
         raise RunError('running notebooks needs papermill and Jupyter: pip install "effad[notebooks]"') from error
+    _register(papermill)
     return papermill
 
 
@@ -84,7 +106,7 @@ def execute(task: Task, title: str) -> None:
         with _ticking(title, task):
             notebook = papermill.execute_notebook(
                 task.source,
-                task.output,
+                f"{WHOLE}{task.output}",
                 task.parameters,
                 progress_bar=False,
                 cwd=task.source.parent,

@@ -20,13 +20,13 @@ from effad_lib.consent import NAMED
 from effad_lib.documents import DocumentError, read_json
 from effad_lib.execution.lock import STALE, Lock, LockError
 from effad_lib.execution.notebooks import Task, execute, source_hash
-from effad_lib.runs import PROJECT, Run, RunError, from_project, printable, resolve, write_json
+from effad_lib.runs import NO_SPACE, PROJECT, Run, RunError, from_project, printable, resolve, write_json
 
 LOG, ORDER, FAILED = "run.log", "order.json", "failed.json"
 """Files of a run folder: its lock, which holds what its kernels print; what the run is; how it failed."""
 
-REFUSED, STOPPED = 75, 130
-"""Exit codes: somebody else works in the run folder; stopped, to be resumed."""
+FULL, REFUSED, STOPPED = 74, 75, 130
+"""Exit codes: the disk is full; somebody else works in the run folder; stopped, to be resumed."""
 
 GRACE = 60.0
 """Seconds that a run has to save its checkpoint when it is stopped."""
@@ -88,14 +88,17 @@ def start(told: Mapping[str, Any], environment: Mapping[str, str]) -> subprocess
 
 
 def outcome(process: subprocess.Popen[bytes], folder: Path) -> str:
-    """Return how a process that has ended left its run: "done", "failed", "stopped", or why it could not begin.
+    """Return how a process that has ended left its run: "done", "failed", "stopped", "full", or why it could not begin.
 
-    A process that died is marked as failed here, as it could not do so itself.
+    "full" is a stopped one whose disk has no room, which is no fault of the run's. A process that died is marked as
+    failed here, as it could not do so itself.
     """
     process.stdin.close()
     code = process.returncode
     if code in (0, STOPPED, -signal.SIGINT):
         return "stopped" if code else "done"
+    if code == FULL:
+        return "full"
     if code == REFUSED:
         owner = Lock(folder / LOG).owner
         return f"in use by process {owner.pid} on {owner.host}" if owner else "in use"
@@ -152,15 +155,15 @@ def main(told: Mapping[str, Any]) -> int:
     lock = Lock(folder / LOG, descriptor=sys.stdout.fileno())
     try:
         lock.take(wait=STALE + 10)
-    except LockError as refusal:
-        print(refusal, flush=True)
-        return REFUSED
-    try:
-        (folder / FAILED).unlink(missing_ok=True)
-        write_json(folder / ORDER, told["identity"])
         return _execute(told, folder)
+    except LockError as refusal:
+        _print(refusal)
+        return REFUSED
+    except RunError as error:  # not even a line of the log can be written
+        _print(error)
+        return FULL if _tells_of_full_disk(error) else 1
     except KeyboardInterrupt as interrupt:
-        print(interrupt, flush=True)
+        _print(interrupt)
         return STOPPED
     finally:
         lock.leave()
@@ -169,6 +172,8 @@ def main(told: Mapping[str, Any]) -> int:
 def _execute(told: Mapping[str, Any], folder: Path) -> int:
     notebook = ""
     try:
+        (folder / FAILED).unlink(missing_ok=True)
+        write_json(folder / ORDER, told["identity"])
         renewed = False
         for task in tasks_of(told):
             notebook = task.source.name
@@ -181,21 +186,34 @@ def _execute(told: Mapping[str, Any], folder: Path) -> int:
                 execute(task, notebook)
             except RunError as error:
                 # A kernel that did not start, as two may have drawn the same port, or died: once more.
-                if not isinstance(error.__cause__, RuntimeError):
+                if not isinstance(error.__cause__, RuntimeError) or _tells_of_full_disk(error):
                     raise
-                print(f"{error}\nOnce more.", flush=True)
+                _print(f"{error}\nOnce more.")
                 execute(task, notebook)
         if not Run(folder).done:
             raise RunError("its notebooks left no metrics.json: the last one has to call Run(run_folder).finish(...).")
     except (RunError, ValueError, OSError) as error:
         cause = error.__cause__
-        print(error, flush=True)
+        _print(error)
+        if _tells_of_full_disk(error):
+            return FULL
         if hasattr(cause, "ename"):
             mark_failed(folder, notebook, str(cause.evalue), cell=cause.cell_index + 1, error=str(cause.ename))
         else:
             mark_failed(folder, notebook, str(error), error=type(cause or error).__name__)
         return 1
     return 0
+
+
+def _tells_of_full_disk(error: Exception) -> bool:
+    """Whether the system refused to write for want of room; of what fails in a kernel there is but the message."""
+    return any(os.strerror(reason) in str(error) for reason in NO_SPACE)
+
+
+def _print(message: object) -> None:
+    """Write a line into the run's log, unless the disk is full."""
+    with contextlib.suppress(OSError):
+        os.write(1, f"{message}\n".encode())
 
 
 def _follow_parent() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
 import shutil
 import signal
 import threading
@@ -15,9 +17,9 @@ from pathlib import Path
 import pandas as pd
 
 from effad_lib.batch import NOTEBOOKS
-from effad_lib.execution import Lock, LockError, import_papermill
+from effad_lib.execution import Lock, LockError, alone_in, import_papermill
 from effad_lib.execution.process import LOG
-from effad_lib.runs import RunError
+from effad_lib.runs import RunError, unwritable
 from effad_lib.sweeps import live
 from effad_lib.sweeps.cost import Rate, Spent, cost, expected_seconds, rates, seconds_per_step
 from effad_lib.sweeps.local import run_here
@@ -65,7 +67,8 @@ def run_sweep(settings: SweepSettings, *, notebooks: str | Path = NOTEBOOKS) -> 
 
     Raises before anything starts: `ProfileError` for a faulty file, `SettingsError` or `DatasetError` for a teacher or
     data that are not there, `LockError` if another sweep works in the folder, and `RunError` for folders of other
-    settings or versions, which only `force` deletes. Ctrl-C stops all runs, each with its checkpoint.
+    settings or versions, which only `force` deletes. Ctrl-C stops all runs, each with its checkpoint, and so does, with
+    a `RunError`, a disk that is full: then none of them has failed.
     """
     sweep = load_sweep(settings.sweep, runs=settings.runs, notebooks=notebooks)
     chosen = sweep.matching(settings.only)
@@ -138,6 +141,7 @@ def _delete(runs: Sequence[SweepRun]) -> None:
         for run in runs:
             if run.folder.is_dir():
                 held.enter_context(Lock(run.folder / LOG).take(wait=5.0))
+                held.enter_context(alone_in(run.folder))
         for run in runs:
             shutil.rmtree(run.folder, ignore_errors=True)
 
@@ -165,6 +169,8 @@ def _work(
     with contextlib.closing(working):
         for ended in working:
             for run, how in ended:
+                if how == "full":
+                    raise unwritable(run.folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
                 waiting.discard(run.name)
                 states[run.name] = state = how if how in ("done", "failed", "stopped") else "stopped"
                 rows[run.name] = summary_row(sweep, run, state)

@@ -10,6 +10,7 @@ from effad_lib.calibration import calibrate, rank
 from effad_lib.datasets import Split, verify_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import load_teacher
+from effad_lib.execution import alone_in
 from effad_lib.images import NaturalImages, check_levels, image_size, load_images
 from effad_lib.memory import enough_memory
 from effad_lib.provenance import note_provenance
@@ -39,7 +40,8 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
     Writes `parameters.yaml`, `provenance.json`, checkpoints (last, best, the three best by validation loss),
     TensorBoard scalars and maps, `history.csv` and at the end `model.safetensors`. A finished training is loaded. A
     resumed one ends with the same weights as an undisturbed one, bit for bit on the CPU. Raises `SettingsError`,
-    `ImageError`, `DatasetError` or `RunError` before long work starts, and `OutOfMemory` when a step takes too much.
+    `ImageError`, `DatasetError` or `RunError` before long work starts, such as `LockError` while another process works
+    in the folder, and `OutOfMemory` when a step takes too much.
     """
     device = pick_device(settings.device)
     run = Run(settings.run_folder)
@@ -50,55 +52,56 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
         )
     # Before the folder takes the settings, or it would refuse those with a wish that can be kept.
     rank(len(split.validation), settings.false_alarm_rate, settings.confidence)
-    run.start(settings, {"teacher": teacher_card["sha256"]})
-    if run.model.is_file():
-        return EfficientAD.load(run.model, device)
-    natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
-    verify_masks(split)
-    made_from = {"data": split.fingerprint, "teacher": teacher_card["sha256"]}
-    note_provenance(run.folder, device, seed=settings.seed, **made_from)
-    size, levels = tuple(settings.image_size), check_levels(settings.levels)
-    torch.manual_seed(settings.seed)
-    detector = EfficientAD(settings.size, teacher.out_channels, settings.padding, size)
-    detector.levels = levels
-    detector.teacher.load_state_dict(teacher.state_dict())
-    shapes = [image_size(sample.image, levels) for sample in (*split.train, *split.validation)]
-    aspects = [width / height for height, width in shapes]
-    sizes = {name: getattr(settings, name) for name in ("size", "image_size", "batch_size", "cache_gb")}
-    with enough_memory(run.folder, sizes):
-        trainer = Trainer(
-            settings,
-            run,
-            detector.to(device),
-            *(
-                load_images([one.image for one in part], size, levels=levels, description=f"reading {name} images")
-                for name, part in (("training", split.train), ("validation", split.validation))
-            ),
-            natural,
-            [sample.image for sample in split.train],
-        )
-        trainer.loop()
-    if (dead := trainer.dead_share()) > 0.9:
-        warnings.warn(
-            f"{run.folder}: {100 * dead:.0f} % of the student's last hidden channels are zero on every held-out image: "
-            f"it has died and sees next to nothing. Train in a new run folder with a lower learning_rate (here "
-            f"{settings.learning_rate:g}).",
-            stacklevel=2,
-        )
-    detector.card = {
-        "data": split.name,
-        "training_images": len(split.train),
-        "validation_images": len(split.validation),
-        "aspects": [min(aspects), max(aspects)],
-        "teacher": {name: teacher_card.get(name) for name in ("network", "sha256")},
-        "natural_images": len(natural) - len(natural.skipped),
-        "steps": trainer.step,
-        "seconds": round(trainer.seconds, 1),
-        "dead_channels": round(dead, 4),
-        "settings": settings.as_dict() | {"run_folder": run.folder.name, "data_root": "", "penalty_images": ""},
-        "torch": torch.__version__,
-    }
-    decision = {name: getattr(settings, name) for name in ("false_alarm_rate", "confidence")}
-    calibrate(detector, trainer.validation, **decision)
-    detector.save(run.model)
-    return detector.eval()
+    with alone_in(run.folder):
+        run.start(settings, {"teacher": teacher_card["sha256"]})
+        if run.model.is_file():
+            return EfficientAD.load(run.model, device)
+        natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
+        verify_masks(split)
+        made_from = {"data": split.fingerprint, "teacher": teacher_card["sha256"]}
+        note_provenance(run.folder, device, seed=settings.seed, **made_from)
+        size, levels = tuple(settings.image_size), check_levels(settings.levels)
+        torch.manual_seed(settings.seed)
+        detector = EfficientAD(settings.size, teacher.out_channels, settings.padding, size)
+        detector.levels = levels
+        detector.teacher.load_state_dict(teacher.state_dict())
+        shapes = [image_size(sample.image, levels) for sample in (*split.train, *split.validation)]
+        aspects = [width / height for height, width in shapes]
+        sizes = {name: getattr(settings, name) for name in ("size", "image_size", "batch_size", "cache_gb")}
+        with enough_memory(run.folder, sizes):
+            trainer = Trainer(
+                settings,
+                run,
+                detector.to(device),
+                *(
+                    load_images([one.image for one in part], size, levels=levels, description=f"reading {name} images")
+                    for name, part in (("training", split.train), ("validation", split.validation))
+                ),
+                natural,
+                [sample.image for sample in split.train],
+            )
+            trainer.loop()
+        if (dead := trainer.dead_share()) > 0.9:
+            warnings.warn(
+                f"{run.folder}: {100 * dead:.0f} % of the student's last hidden channels are zero on every held-out "
+                f"image: it has died and sees next to nothing. Train in a new run folder with a lower learning_rate "
+                f"(here {settings.learning_rate:g}).",
+                stacklevel=2,
+            )
+        detector.card = {
+            "data": split.name,
+            "training_images": len(split.train),
+            "validation_images": len(split.validation),
+            "aspects": [min(aspects), max(aspects)],
+            "teacher": {name: teacher_card.get(name) for name in ("network", "sha256")},
+            "natural_images": len(natural) - len(natural.skipped),
+            "steps": trainer.step,
+            "seconds": round(trainer.seconds, 1),
+            "dead_channels": round(dead, 4),
+            "settings": settings.as_dict() | {"run_folder": run.folder.name, "data_root": "", "penalty_images": ""},
+            "torch": torch.__version__,
+        }
+        decision = {name: getattr(settings, name) for name in ("false_alarm_rate", "confidence")}
+        calibrate(detector, trainer.validation, **decision)
+        detector.save(run.model)
+        return detector.eval()
