@@ -38,6 +38,9 @@ FORKS.set_forkserver_preload(
     + ["torch.utils.tensorboard"]
 )
 
+KILLS = int(os.environ.get("EFFAD_KILLS", "1"))
+"""How often each job is killed, and how many faults of its disk it meets of each kind."""
+
 NO_DISK = 77
 """Exit code where this user may not make a small disk."""
 

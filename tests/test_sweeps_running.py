@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from breaking import processes_of
+from breaking import KILLS, processes_of
 from counting import COUNTS, FINISHES, PARAMETERS, WORKS, notebook, numbers, planned, starts, wait_for
 
 from effad_lib import sweeps
@@ -187,7 +187,7 @@ def test_killed_at_any_moment_a_sweep_ends_as_if_undisturbed(counting, tmp_path)
     command = [sys.executable, "-c", DRIVER, str(tmp_path / "runs"), str(arguments["notebooks"])]
     rng, folder = random.Random(7), tmp_path / "runs" / "mine"
     moments = []
-    for number in range(10):
+    for number in range(5 * KILLS):
         process = subprocess.Popen(command, cwd=PROJECT, start_new_session=True, stdout=subprocess.DEVNULL)
         # From the moment at which it has the lock: planning only reads, and takes a while that depends on the machine.
         wait_for(lambda process=process: process.poll() is not None or owner_of(folder) == process.pid)

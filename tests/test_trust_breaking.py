@@ -21,7 +21,7 @@ import pytest
 import torch
 import torchvision
 import yaml
-from breaking import NO_DISK, Ended, Fault, Job, check_same, contents, run, start
+from breaking import KILLS, NO_DISK, Ended, Fault, Job, check_same, contents, run, start
 from counting import notebook
 from safetensors.torch import save_file
 
@@ -32,9 +32,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks for processes in /proc"),
 ]
-
-KILLS = int(os.environ.get("EFFAD_KILLS", "1"))
-"""How often each job is killed, and how many faults of its disk it meets of each kind."""
 
 NAMES = ["train", "distill", "synthesize", "damage", "evaluate", "export", "openvino", "detect", "watch", "sweep"]
 NAMES += ["gallery"]
