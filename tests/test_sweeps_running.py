@@ -214,7 +214,7 @@ def test_killed_at_any_moment_a_sweep_ends_as_if_undisturbed(counting, tmp_path)
     assert pd.read_csv(folder / "summary.csv")["last"].tolist() == [numbers(seed, 60)[-1] for seed in (1, 2, 3)]
     # It was killed in the middle of runs indeed, and what had been computed was not computed again.
     resumed = [start for run in planned(arguments).runs for start in starts(run.folder) if start > 1]
-    assert len(resumed) >= 3, moments
+    assert len(resumed) >= 2, moments  # the first and the fourth time, at the least
     assert not processes_of(folder)
 
 
