@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,8 @@ import pandas as pd
 from effad_lib.datasets import load_dataset
 from effad_lib.distillation import DistillationSettings, load_teacher
 from effad_lib.evaluation import evaluate_run, finish_run
-from effad_lib.execution import alone_in, execute, import_papermill
+from effad_lib.execution import execute, import_papermill
+from effad_lib.execution.process import delete_runs
 from effad_lib.images import packaged_photographs
 from effad_lib.profiles import NOTEBOOKS, Step, load_profile, notebook_parameters
 from effad_lib.runs import Run, RunError, from_project, printable
@@ -68,9 +68,8 @@ def run_profile(
     import_papermill()
     folders = list(dict.fromkeys(step.folder for step in steps))
     _print_departures(profile, steps)
-    for folder in folders if force else ():
-        with alone_in(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+    if force:
+        delete_runs(folders)
     for step in steps:
         try:
             if not step.done:

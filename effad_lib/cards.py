@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from effad_lib.documents import Takes, fault, is_number, is_seconds, is_text, is_whole, parse_json
+from effad_lib.documents import Takes, fault, is_count, is_number, is_seconds, is_text, is_whole, parse_json
 from effad_lib.reading import check_levels, check_size
 
 
 class CardError(ValueError):
     """A card with a field that is missing or impossible; the message names it, what it holds and what it takes."""
-
-
-def _is_count(value: Any) -> bool:
-    return is_whole(value, least=1)
 
 
 def _is_threshold(value: Any) -> bool:
@@ -26,10 +22,10 @@ def _is_calibration(value: Any) -> bool:
         return value == {}
     lists = [value.get("scores"), value.get("pixels")]
     count = value.get("normals")
-    sound = _is_count(count) and all(isinstance(some, list) and len(some) == count for some in lists)
+    sound = is_count(count) and all(isinstance(some, list) and len(some) == count for some in lists)
     sound = sound and all(all(map(is_number, some)) and some == sorted(some) for some in lists)
     rule = [value.get(name, 0) for name in ("rank", "false_alarm_rate", "confidence")]
-    sound = sound and all(map(is_number, rule)) and _is_count(value.get("tile_overlap", 1))
+    sound = sound and all(map(is_number, rule)) and is_count(value.get("tile_overlap", 1))
     return sound and value.get("rank", 1) in range(1, count + 1)
 
 
@@ -40,7 +36,7 @@ def _is_range(value: Any) -> bool:
 
 NEEDED: Takes = {
     "size": (is_text, "the name of a network"),
-    "channels": (_is_count, "a whole number of at least 1"),
+    "channels": (is_count, "a whole number of at least 1"),
     "padding": (lambda value: isinstance(value, bool), "true or false"),
     "image_size": (lambda value: isinstance(value, list), "height and width"),
     "threshold": (_is_threshold, "a number, or null"),

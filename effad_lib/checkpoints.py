@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -28,14 +28,15 @@ def readable(run: Run, state: Any) -> Iterator[None]:
     A state with NaN or infinite values is refused too: before each save a training stops if its state is `broken`.
     """
     try:
-        if not (fault := "holds NaN or infinite values" if broken(state) else ""):
+        if not (wrong := "holds NaN or infinite values" if broken(state) else ""):
             yield
     except RunError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        fault = f"is not of this version or was altered ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-    if fault:
-        raise RunError(f"{run.folder}: its checkpoint {fault}. Delete the run's checkpoints to start it anew.")
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        wrong = f"is not of this version or was altered ({reason})"
+    if wrong:
+        raise RunError(f"{run.folder}: its checkpoint {wrong}. Delete the run's checkpoints to start it anew.")
 
 
 def not_finite(run: Run, what: str, where: str, learning_rate: float) -> RunError:
@@ -82,8 +83,7 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, kept: dict[str, Any], st
     learned = kept["state"]
     weights = [weight for group in optimiser.param_groups for weight in group["params"]]
     for number, weight in enumerate(weights if learned or not skips else ()):
-        like = (partial(_is_like, weight), f"numbers of shape {tuple(weight.shape)}")
-        takes = dict.fromkeys(LEARNED[type(optimiser).__name__], like)
+        takes = dict.fromkeys(LEARNED[type(optimiser).__name__], like(weight))
         if "step" in takes:
             takes["step"] = (is_count, f"the {steps} steps that were taken")
         if wrong := fault(learned[number], takes, needed=takes):
@@ -105,6 +105,11 @@ def restore_scaler(scaler: torch.amp.GradScaler, kept: dict[str, Any]) -> None:
     if wrong := fault(kept, takes, needed=takes):
         raise ValueError(f"its scaler {wrong}")
     scaler.load_state_dict(kept)
+
+
+def like(weight: Tensor) -> tuple[Callable[[Any], bool], str]:
+    """That a value takes the place of a tensor: numbers of its shape, which nothing would stretch."""
+    return partial(_is_like, weight), f"numbers of shape {tuple(weight.shape)}"
 
 
 def _same(values: dict[str, Any]) -> Takes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,13 @@ def explore(
     costs = {name: cost(name, settings.channels) for name in names}
     names = sorted(names, key=lambda name: costs[name]["detector_gmac"])
     made_from = sources(settings, [*natural.paths, *held_out.paths]) | {"views": str(views)}
-    with alone_in(settings.run_folder):
+    with ExitStack() as held:
+        held.enter_context(alone_in(settings.run_folder))
         runs = {}
         for name in names:
             layers = hashlib.sha256(repr(DESIGNS[name]).encode()).hexdigest()
             own = replace(settings, size=base_size(name), run_folder=str(resolve(settings.run_folder) / name))
+            held.enter_context(alone_in(own.run_folder))
             runs[name] = Run(own.run_folder), own
             runs[name][0].start(own, made_from | {"layers": layers})
         recorded, rows = None, []

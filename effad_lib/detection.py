@@ -240,7 +240,7 @@ def detect_one(
 def _check_aspect(detector: Inspector, size: Size) -> None:
     """Warn, once for each size, of images that are squeezed into the model's size otherwise than those it learned from.
 
-    Models of before their cards knew pass.
+    Models made before cards had `aspects` are not checked.
     """
     low, high = detector.card.get("aspects", (0, math.inf))
     aspect = size[1] / size[0]

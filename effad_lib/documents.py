@@ -56,7 +56,7 @@ def short(value: Any) -> str:
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is text that can be written: without the letters by which Python keeps bytes that are none."""
+    """Whether a value is text that UTF-8 can encode: without lone surrogates, in which Python keeps other bytes."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
@@ -72,6 +72,16 @@ def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> b
 def is_whole(value: Any, least: int = 0, most: float = math.inf) -> bool:
     """Whether a value is a whole number from `least` to `most`, of `MOST_BITS`; True and False are none."""
     return type(value) is int and is_number(value, least, most)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return is_whole(value, least=1)
+
+
+def are_numbers(value: Any) -> bool:
+    """Whether a value is a list of finite numbers."""
+    return isinstance(value, list) and all(map(is_number, value))
 
 
 def is_share(value: Any) -> bool:
@@ -147,7 +157,7 @@ def parse_json(text: str | bytes, source: str, kind: type = dict) -> Any:
     """Return the `kind` of value, dict or list, that a text in JSON holds; `source` is what an error calls it.
 
     Raises `DocumentError` for what is not JSON, holds NaN, an infinity, a whole number of more than `MOST_BITS` or text
-    that is none, and for another kind.
+    that UTF-8 cannot encode, and for another kind.
     """
 
     def refuse(constant: str) -> NoReturn:

@@ -207,7 +207,8 @@ def image_size(path: str | Path, levels: Levels | None = None) -> Size:
     Raises `ImageError` if it is no image, or of a mode that `read_image` refuses.
     """
     with _opened(path, "an image", (*MODES, *SIXTEEN_BITS) if levels else MODES) as image:
-        lies = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        tags = Image.Image.getexif(image)  # PNG's own looks behind the pixels too, and decodes them for it
+        lies = tags.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (image.width, image.height) if lies else (image.height, image.width)
 
 

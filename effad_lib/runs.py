@@ -24,6 +24,8 @@ import yaml
 from effad_lib.documents import (
     DocumentError,
     Takes,
+    are_numbers,
+    fault,
     is_number,
     is_seconds,
     is_share,
@@ -201,10 +203,6 @@ def check_links(folder: Path) -> None:
 # --- the run folder -------------------------------------------------------------------------------------------------
 
 
-def _are_numbers(value: Any) -> bool:
-    return is_number(value) or (isinstance(value, list) and all(map(is_number, value)))
-
-
 SHARES = (
     "image_auroc image_auroc_logical image_auroc_structural image_auroc_mean image_auroc_unnormalised image_ap "
     "image_f1_max pixel_auroc pixel_ap pixel_f1_max au_pro au_pro_05 au_spro_05 au_spro_05_logical "
@@ -215,14 +213,16 @@ METRICS: Takes = {
     "data": (is_text, "a name"),
     "size": (is_text, "the name of a network"),
     **dict.fromkeys(SHARES, (is_share, "a share from 0 to 1, or null")),
-    **dict.fromkeys(("latency_ms", "loss"), (is_number, "a number")),
+    "latency_ms": (is_number, "a number"),
     "latency_on": (is_text, "the name of a device"),
     "seconds": (lambda value: value is None or is_seconds(value), "seconds, or null"),
     "steps": (lambda value: value is None or is_whole(value), "a whole number, or null"),
-    "held_out_loss": (lambda value: value is None or is_number(value), "a number, or null"),
-    **dict.fromkeys(("losses", "explained_variance"), (_are_numbers, "numbers")),
+    **dict.fromkeys(("loss", "held_out_loss"), (lambda value: value is None or is_number(value), "a number, or null")),
+    **dict.fromkeys(
+        ("losses", "explained_variance"), (lambda value: is_number(value) or are_numbers(value), "numbers")
+    ),
 }
-"""What `metrics.json` of an evaluation or a distillation may say; a notebook of one's own may say more."""
+"""What values of `metrics.json` take, in evaluations and distillations; a notebook of one's own may add others."""
 
 
 class Run:
@@ -339,7 +339,12 @@ class Run:
         return state
 
     def finish(self, metrics: dict[str, Any]) -> None:
-        """Write `metrics.json`: from now on the run counts as done."""
+        """Write `metrics.json`: from now on the run counts as done.
+
+        Raises `RunError` for a value that is not what its name takes in `METRICS`; other names are free.
+        """
+        if wrong := fault(metrics, METRICS):
+            raise RunError(f"metrics.json of {self.folder} {wrong}. Give that value another name.")
         write_json(self.folder / "metrics.json", metrics)
 
 

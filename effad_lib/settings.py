@@ -121,7 +121,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, int) and value.bit_length() > MOST_BITS:
         raise SettingsError(f"{name} = {short(value)}: {name} takes no whole number of more than {MOST_BITS} bits.")
     if isinstance(value, str) and not is_text(value):
-        raise SettingsError(f"{name} = {short(value)}: {name} takes text, which this is not in UTF-8.")
+        raise SettingsError(f"{name} = {short(value)}: {name} takes text that UTF-8 can encode.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is hint and not (hint is float and math.isnan(value)):

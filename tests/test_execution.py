@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import pytest
 
 from effad_lib.execution import lock as locks
 from effad_lib.execution.lock import RUN_LOCK, STALE, Lock, LockError, alone_in
+from effad_lib.execution.process import LOG, delete_runs
+from effad_lib.execution.process import full_disk as told_of_full_disk
 from effad_lib.runs import RunError
 
 HOLDS = """
@@ -165,6 +169,48 @@ def test_one_process_at_a_time_writes_into_a_run_folder(tmp_path):
     process.wait()
     with alone_in(folder):  # at once
         assert Lock(folder / RUN_LOCK).owner.pid == os.getpid()
+
+
+def test_of_several_run_folders_all_are_deleted_or_none(tmp_path):
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders[:2]:
+        folder.mkdir()
+        (folder / "metrics.json").write_text("{}")
+    process = holder(folders[1] / RUN_LOCK)
+    assert process.stdout.readline() == "taken\n"
+    with pytest.raises(LockError, match=f"b is in use by process {process.pid} on"):
+        delete_runs(folders)
+    assert all((folder / "metrics.json").is_file() for folder in folders[:2])
+    process.kill()
+    process.wait()
+    delete_runs(folders)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_deleted_file_is_nobodys(tmp_path, monkeypatch):
+    """One opens it, another deletes the folder, a third makes it anew: the first must not believe that it has it."""
+    first, third, flock = Lock(tmp_path / "run" / "lock"), Lock(tmp_path / "run" / "lock"), locks.fcntl.flock
+
+    def between(descriptor, how):
+        monkeypatch.setattr(locks.fcntl, "flock", flock)
+        shutil.rmtree(tmp_path / "run")
+        third.take()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(locks.fcntl, "flock", between)
+    with pytest.raises(LockError, match=f"run is in use by process {os.getpid()} on"):
+        first.take()
+    third.leave()
+    with first:
+        assert first.is_held
+
+
+def test_a_full_disk_is_told_of_in_the_words_of_the_run(tmp_path):
+    said = "OSError: [Errno 28] No space left on device: '/elsewhere/x'"
+    (tmp_path / LOG).write_text(f"a cell failed\n{said}\n\nOnce more.\n")
+    assert said in str(told_of_full_disk(tmp_path))
+    (tmp_path / LOG).unlink()
+    assert re.search(r"No space left on device \(\d+ MB free there\)", str(told_of_full_disk(tmp_path)))
 
 
 def test_what_is_called_while_a_run_folder_is_held_holds_it_too_but_no_other_thread_does(tmp_path):

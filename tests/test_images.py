@@ -153,6 +153,16 @@ def test_exif_orientation_is_applied(tmp_path, rng, orientation, upright):
     assert image_size(path) == upright(pixels).shape[:2]
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "bmp", "webp"])
+def test_the_size_of_an_image_is_told_by_its_head_alone(tmp_path, rng, ending):
+    path = save(tmp_path / f"a.{ending}", noise(rng, 300, 500, 3))
+    if ending not in ("tif", "webp"):  # whose heads lie behind the pixels, or are read with them
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(ImageError):
+            read_image(path)
+    assert image_size(path) == (300, 500)
+
+
 def test_resizing_is_antialiased_bilinear(tmp_path, rng):
     pixels = noise(rng, 96, 64, 3)
     path = save(tmp_path / "a.png", pixels)

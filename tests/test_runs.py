@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import math
 import os
 import pickle
 import re
@@ -121,6 +122,23 @@ def test_a_run_is_done_with_its_metrics(tmp_path):
     run.finish({"image_auroc": 0.9, "au_pro": None})
     assert run.done
     assert run.metrics == {"image_auroc": 0.9, "au_pro": None}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "says"),
+    [
+        ({"size": 64}, "size = 64, which takes the name of a network. Give that value another name"),
+        ({"pixel_auroc": 97.5}, "pixel_auroc = 97.5, which takes a share"),
+        ({"loss": math.inf}, "loss = inf, which takes a number, or null"),
+    ],
+)
+def test_names_of_metrics_mean_one_thing(tmp_path, metrics, says):
+    run = Run(tmp_path)
+    with pytest.raises(RunError, match=re.escape(says)):
+        run.finish(metrics)
+    assert not run.done
+    run.finish({"side": 64, "sum": [1, {"a": "b"}], "loss": None})
+    assert run.metrics["side"] == 64
 
 
 def test_a_run_is_continued_with_its_own_settings_only(tmp_path):

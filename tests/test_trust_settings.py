@@ -57,7 +57,7 @@ SETTINGS = [
     (TrainingSettings, {"learning_rate": True}, "learning_rate takes float, not bool"),
     (TrainingSettings, {"levels": [0, 10**400]}, "levels takes no whole number of more than 64 bits"),
     (TrainingSettings, {"image_size": [64, -(10**5000)]}, "image_size takes no whole number of more than 64 bits"),
-    (TrainingSettings, {"data_root": "/data/\udcff"}, "data_root takes text, which this is not in UTF-8"),
+    (TrainingSettings, {"data_root": "/data/\udcff"}, "data_root takes text that UTF-8 can encode"),
     (TrainingSettings, {"padding": [10**5000]}, "padding takes bool, not list"),
     (TrainingSettings, {"device": f"cuda:{'9' * 5000}"}, "not available here"),
     (TrainingSettings, {"device": "cuda:²"}, "not available here"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -63,20 +64,22 @@ def evaluate(options: argparse.Namespace) -> int:
     folders = [here(run) for run in options.runs]
     splits = [evaluation.data_to_test(folder) for folder in folders]  # all, before the first is evaluated
     targets = _tiff_folders(options.save_tiffs, folders, splits)
-    for folder, split, target in zip(folders, splits, targets, strict=True):
-        with alone_in(folder):
+    with contextlib.ExitStack() as held:
+        for folder in folders:
+            held.enter_context(alone_in(folder))
+        for folder, split, target in zip(folders, splits, targets, strict=True):
             detector, _, found = evaluation.evaluate_run(folder, options.device, split)
             if target:
                 found.save_tiffs(target)
             result = evaluation.finish_run(folder, detector, found)
             page = reports.write_report(folder, found, detector.image_size, result)
-        print(batch.as_text(batch.results([folder])))
-        for table in (found.by_defect(), found.decisions()):
-            if len(table):
-                print(printable(f"\n{table.round(3).to_string(na_rep='–')}", keep="\n"))
-        print(f"\n{result['latency_ms']:.1f} ms an image ({result['latency_on']}); {page}")
-        for note in found.notes:
-            print(note)
+            print(batch.as_text(batch.results([folder])))
+            for table in (found.by_defect(), found.decisions()):
+                if len(table):
+                    print(printable(f"\n{table.round(3).to_string(na_rep='–')}", keep="\n"))
+            print(f"\n{result['latency_ms']:.1f} ms an image ({result['latency_on']}); {page}")
+            for note in found.notes:
+                print(note)
     if len(folders) > 1:
         print(f"\n{reports.beside_published(folders)}")
     return 0

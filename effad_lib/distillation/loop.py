@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effad_lib.backbones import file_sha256, load_backbone, weights_file
-from effad_lib.checkpoints import broken, check_plain, not_finite, readable, restore_optimiser, restore_scaler
+from effad_lib.checkpoints import broken, check_plain, like, not_finite, readable, restore_optimiser, restore_scaler
 from effad_lib.distillation.muon import Muon
 from effad_lib.distillation.processes import Processes, joined
 from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation, photographs, prefetched
 from effad_lib.distillation.teachers import save_teacher
-from effad_lib.documents import is_number, is_seconds, is_whole
+from effad_lib.documents import are_numbers, is_seconds, is_whole
 from effad_lib.execution import alone_in
 from effad_lib.images import NaturalImages
 from effad_lib.memory import enough_memory, kept_memory
@@ -123,6 +123,7 @@ class Distiller:
         else:
             with readable(run, state):
                 self.pdn.load_state_dict(state["pdn"])
+                check_plain(state, {"mean": like(self.mean), "std": like(self.std)})
                 self.mean.copy_(state["mean"])
                 self.std.copy_(state["std"])
         self.network = processes.wrap(self.pdn)
@@ -259,11 +260,11 @@ class Distiller:
         steps, photographs = self.settings.steps, len(self.views.natural)
 
         def is_recent(value: Any) -> bool:
-            return _are_numbers(value) and len(value) == (state["step"] % LOG_EVERY if state["step"] < steps else 0)
+            return are_numbers(value) and len(value) == (state["step"] % LOG_EVERY if state["step"] < steps else 0)
 
         def is_curve(value: Any) -> bool:
             means = math.ceil((state["step"] - len(state["recent"])) / LOG_EVERY)
-            return _are_numbers(value) and len(value) == means
+            return are_numbers(value) and len(value) == means
 
         def is_unreadable(value: Any) -> bool:
             return isinstance(value, list) and all(is_whole(one, most=photographs - 1) for one in value)
@@ -318,10 +319,6 @@ class Distiller:
         error = torch.stack(errors).mean(0)
         explained = 1 - error / deviation.flatten().square()
         return error.mean().item(), [round(share, 3) for share in explained.tolist()]
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(is_number, value))
 
 
 def sources(settings: DistillationSettings, paths: list[Path]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from effad_lib import __version__
 from effad_lib.backbones import file_sha256, read_weights
 from effad_lib.distillation.settings import DistillationSettings
-from effad_lib.documents import Takes, is_text, is_whole, read_json
+from effad_lib.documents import Takes, is_count, is_text, is_whole, read_json
 from effad_lib.networks import PDN, PDN_LAYERS, Conv, check_network
 from effad_lib.runs import PROJECT, Run, resolve, write_bytes, write_json
 from effad_lib.settings import SettingsError
@@ -25,7 +25,7 @@ TEACHERS = PROJECT / "data" / "teachers"
 
 CARD: Takes = {
     "size": (is_text, "the name of a network"),
-    "channels": (lambda value: is_whole(value, least=1), "a whole number of at least 1"),
+    "channels": (is_count, "a whole number of at least 1"),
     "sha256": (is_text, "a hash"),
     "photographs": (is_whole, "a whole number"),
     "settings": (lambda value: isinstance(value, dict), "names with values"),

@@ -96,6 +96,7 @@ class Lock:
         self._owner: Owner | None = None
         self._enforced = True
         self._over = threading.Event()
+        self._beating: threading.Thread | None = None
 
     @property
     def owner(self) -> Owner | None:
@@ -133,11 +134,6 @@ class Lock:
         if fcntl is None:
             raise RunError("this needs the file locks of Linux or macOS, which this system does not have.")
         try:
-            if self.descriptor is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                # No link is followed: the file that it leads to is not ours to write.
-                flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-                self.descriptor = os.open(self.path, flags, 0o666)
             until = time.monotonic() + wait
             while not self._try():
                 if time.monotonic() >= until:
@@ -148,7 +144,8 @@ class Lock:
             if os.write(self.descriptor, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._owner, self._over = owner, threading.Event()
-            threading.Thread(target=self._beat, args=(self._over,), daemon=True).start()
+            self._beating = threading.Thread(target=self._beat, daemon=True)
+            self._beating.start()
             if not self._enforced:  # somebody else may have done the same just now: the last one has it
                 time.sleep(1.0)
                 self.check()
@@ -161,7 +158,11 @@ class Lock:
         return self
 
     def _try(self) -> bool:
-        """Get the system's lock, unless the signs of life say that somebody on another machine holds the file."""
+        """Get the system's lock, unless the signs of life say that somebody on another machine holds the file.
+
+        That of a file which was deleted meanwhile, and perhaps made anew, is worth nothing.
+        """
+        self._open()
         self._enforced = enforced = True
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,6 +170,8 @@ class Lock:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
             self._enforced = enforced = False  # a file system without such locks
+        if not self._is_there():
+            return False
         owner = self.owner
         if owner is None or self.age >= STALE:
             return True
@@ -177,6 +180,24 @@ class Lock:
         if enforced:
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
         return False
+
+    def _open(self) -> None:
+        """Open the file anew, unless its descriptor was given."""
+        if not self._opened:
+            return
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # No link is followed: the file that it leads to is not ours to write.
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        self.descriptor = os.open(self.path, flags, 0o666)
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def _refusal(self) -> str:
         owner, age = self.owner, self.age
@@ -193,14 +214,17 @@ class Lock:
         if self._owner is not None and self.owner != self._owner:
             raise LockError(self._refusal())
 
-    def _beat(self, over: threading.Event) -> None:
-        while not over.wait(HEARTBEAT):
+    def _beat(self) -> None:
+        while not self._over.wait(HEARTBEAT):
             with contextlib.suppress(OSError):
                 os.utime(self.descriptor)
 
     def leave(self) -> None:
         """Give the lock back; what was started with it as its output may still hold it until it has ended."""
         self._over.set()
+        if self._beating is not None:  # no sign of life may follow
+            self._beating.join()
+            self._beating = None
         if self.descriptor is not None:
             if self._owner is not None and self.owner == self._owner:
                 with contextlib.suppress(OSError):

@@ -74,7 +74,7 @@ class _WholeFiles:
         write_text(path.removeprefix(WHOLE), text)
 
     def pretty_path(self, path: str) -> str:
-        return path
+        return path.removeprefix(WHOLE)
 
 
 @functools.cache

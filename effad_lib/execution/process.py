@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ from typing import Any
 from effad_lib import __version__
 from effad_lib.consent import NAMED
 from effad_lib.documents import DocumentError, read_json
-from effad_lib.execution.lock import STALE, Lock, LockError
+from effad_lib.execution.lock import RUN_LOCK, STALE, Lock, LockError, alone_in
 from effad_lib.execution.notebooks import Task, execute, source_hash
-from effad_lib.runs import NO_SPACE, PROJECT, Run, RunError, from_project, printable, resolve, write_json
+from effad_lib.runs import NO_SPACE, PROJECT, Run, RunError, from_project, printable, resolve, unwritable, write_json
 
 LOG, ORDER, FAILED = "run.log", "order.json", "failed.json"
 """Files of a run folder: its lock, which holds what its kernels print; what the run is; how it failed."""
@@ -100,8 +102,8 @@ def outcome(process: subprocess.Popen[bytes], folder: Path) -> str:
     if code == FULL:
         return "full"
     if code == REFUSED:
-        owner = Lock(folder / LOG).owner
-        return f"in use by process {owner.pid} on {owner.host}" if owner else "in use"
+        lock = next((lock for lock in (Lock(folder / RUN_LOCK), Lock(folder / LOG)) if lock.is_held), None)
+        return f"in use by process {lock.owner.pid} on {lock.owner.host}" if lock else "in use"
     if not (folder / FAILED).is_file():
         reason = f"its process ended with code {code}"
         if code < 0:
@@ -124,6 +126,17 @@ def stop(processes: Collection[subprocess.Popen[bytes]], grace: float = GRACE) -
         for process in processes:
             process.kill()
             process.wait()
+
+
+def delete_runs(folders: Iterable[Path]) -> None:
+    """Delete run folders, unless somebody works in one: raises `LockError` before any is deleted."""
+    with contextlib.ExitStack() as held:
+        there = [folder for folder in folders if folder.is_dir()]
+        for folder in there:
+            held.enter_context(Lock(folder / LOG).take(wait=5.0))
+            held.enter_context(alone_in(folder))
+        for folder in there:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def mark_failed(folder: Path, notebook: str, message: str, *, cell: int | None = None, error: str = "") -> None:
@@ -155,11 +168,12 @@ def main(told: Mapping[str, Any]) -> int:
     lock = Lock(folder / LOG, descriptor=sys.stdout.fileno())
     try:
         lock.take(wait=STALE + 10)
+        Lock(folder / RUN_LOCK).take(wait=STALE + 10).leave()  # or its kernel would meet who else works in the folder
         return _execute(told, folder)
     except LockError as refusal:
         _print(refusal)
         return REFUSED
-    except RunError as error:  # not even a line of the log can be written
+    except RunError as error:  # of a folder in which nothing can be written
         _print(error)
         return FULL if _tells_of_full_disk(error) else 1
     except KeyboardInterrupt as interrupt:
@@ -205,15 +219,24 @@ def _execute(told: Mapping[str, Any], folder: Path) -> int:
     return 0
 
 
-def _tells_of_full_disk(error: Exception) -> bool:
+def _tells_of_full_disk(said: object) -> bool:
     """Whether the system refused to write for want of room; of what fails in a kernel there is but the message."""
-    return any(os.strerror(reason) in str(error) for reason in NO_SPACE)
+    return any(os.strerror(reason) in str(said) for reason in NO_SPACE)
+
+
+def full_disk(folder: Path) -> RunError:
+    """Return what to say of a run that met a full disk: its own words, if there was room for them in its log."""
+    with contextlib.suppress(OSError):
+        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        if said := [line for line in lines if _tells_of_full_disk(line)]:
+            return RunError(f"{folder}: {printable(said[-1])}")
+    return unwritable(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 def _print(message: object) -> None:
     """Write a line into the run's log, unless the disk is full."""
     with contextlib.suppress(OSError):
-        os.write(1, f"{message}\n".encode())
+        os.write(1, f"{message}\n".encode(errors="backslashreplace"))
 
 
 def _follow_parent() -> None:

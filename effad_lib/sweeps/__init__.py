@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
-import os
-import shutil
 import signal
 import threading
 import time
@@ -17,9 +14,9 @@ from pathlib import Path
 import pandas as pd
 
 from effad_lib.batch import NOTEBOOKS
-from effad_lib.execution import Lock, LockError, alone_in, import_papermill
-from effad_lib.execution.process import LOG
-from effad_lib.runs import RunError, unwritable
+from effad_lib.execution import Lock, LockError, import_papermill
+from effad_lib.execution.process import LOG, delete_runs, full_disk
+from effad_lib.runs import RunError
 from effad_lib.sweeps import live
 from effad_lib.sweeps.cost import Rate, Spent, cost, expected_seconds, rates, seconds_per_step
 from effad_lib.sweeps.local import run_here
@@ -79,7 +76,7 @@ def run_sweep(settings: SweepSettings, *, notebooks: str | Path = NOTEBOOKS) -> 
     find_data([run for run in chosen if not run.done])
     with Lock(sweep.folder / SWEEP_LOCK) as lock, _stopped_by_signals():
         if settings.force:
-            _delete(chosen)
+            delete_runs(run.folder for run in chosen)
         states = {run.name: state_of(run) for run in sweep.runs}
         to_do = [run for run in chosen if states[run.name] != "done"]
         if not settings.retry_failed:
@@ -135,17 +132,6 @@ def _check(runs: Sequence[SweepRun], sweep: Sweep) -> None:
         raise RunError("\n".join(faults[:3]) + f"{more}\nTo delete the runs of this sweep and do them anew: {again}")
 
 
-def _delete(runs: Sequence[SweepRun]) -> None:
-    """Delete the folders of runs, unless somebody works in one: raises `LockError` before any is deleted."""
-    with contextlib.ExitStack() as held:
-        for run in runs:
-            if run.folder.is_dir():
-                held.enter_context(Lock(run.folder / LOG).take(wait=5.0))
-                held.enter_context(alone_in(run.folder))
-        for run in runs:
-            shutil.rmtree(run.folder, ignore_errors=True)
-
-
 def _work(
     sweep: Sweep,
     to_do: Sequence[SweepRun],
@@ -170,7 +156,7 @@ def _work(
         for ended in working:
             for run, how in ended:
                 if how == "full":
-                    raise unwritable(run.folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+                    raise full_disk(run.folder)
                 waiting.discard(run.name)
                 states[run.name] = state = how if how in ("done", "failed", "stopped") else "stopped"
                 rows[run.name] = summary_row(sweep, run, state)

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from effad_lib.datasets import Split
-from effad_lib.documents import Takes, fault, is_seconds
+from effad_lib.documents import Takes, fault, is_number
 from effad_lib.execution.notebooks import executed_metadata
 from effad_lib.provenance import provenance_of
 from effad_lib.runs import Run, RunError
@@ -29,7 +29,7 @@ def _is_time(value: Any) -> bool:
 
 
 TOOK: Takes = {
-    "duration": (lambda value: value is None or is_seconds(value), "seconds, or null"),
+    "duration": (lambda value: value is None or is_number(value, -1e9, 1e9), "seconds, or null"),
     **dict.fromkeys(("start_time", "end_time"), (_is_time, "a time, or null")),
 }
 """What papermill notes in an executed notebook."""
@@ -54,7 +54,7 @@ class Spent:
             told = executed_metadata(step.output, "papermill") or {}
             if wrong := fault(told, TOOK):
                 raise RunError(f"{step.output} {wrong}. Restore it, or delete it to execute it anew.")
-            took = float(told.get("duration") or 0.0)
+            took = max(0.0, told.get("duration") or 0.0)  # below where a clock was set back
             if step.settings is run.training:
                 took = max(took, Run(run.folder).metrics.get("seconds") or 0.0)
             seconds += took

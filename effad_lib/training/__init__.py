@@ -52,10 +52,12 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
         )
     # Before the folder takes the settings, or it would refuse those with a wish that can be kept.
     rank(len(split.validation), settings.false_alarm_rate, settings.confidence)
+    sources = {"teacher": teacher_card["sha256"]}
+    if run.model.is_file():
+        run.check(settings, sources)
+        return EfficientAD.load(run.model, device)
     with alone_in(run.folder):
-        run.start(settings, {"teacher": teacher_card["sha256"]})
-        if run.model.is_file():
-            return EfficientAD.load(run.model, device)
+        run.start(settings, sources)
         natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
         verify_masks(split)
         made_from = {"data": split.fingerprint, "teacher": teacher_card["sha256"]}

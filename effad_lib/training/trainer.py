@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from effad_lib import losses
-from effad_lib.checkpoints import broken, check_plain, not_finite, readable, restore_optimiser, restore_scaler
+from effad_lib.checkpoints import broken, check_plain, like, not_finite, readable, restore_optimiser, restore_scaler
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import channel_statistics, prefetched
 from effad_lib.documents import is_number, is_seconds, is_whole
@@ -299,6 +299,7 @@ class Trainer:
                 f"{self.run.folder}: its checkpoint is not of size {self.settings.size} with {self.detector.channels} "
                 f"channels. Choose another run folder, or delete this one."
             ) from error
+        check_plain(state, {name: like(getattr(self.detector, name)) for name in ("teacher_mean", "teacher_std")})
         self.detector.teacher_mean.copy_(state["teacher_mean"])
         self.detector.teacher_std.copy_(state["teacher_std"])
 
