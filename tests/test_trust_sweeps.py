@@ -107,7 +107,7 @@ def test_metrics_name_no_other_run_or_state_and_inject_nothing(sweep):
     "papermill",
     [
         {"duration": "long"},
-        {"duration": -1},
+        {"duration": -1e10},
         {"duration": 1e308},
         {"duration": math.nan},
         {"duration": [3]},
