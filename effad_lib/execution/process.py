@@ -229,7 +229,8 @@ def full_disk(folder: Path) -> RunError:
     with contextlib.suppress(OSError):
         lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
         if said := [line for line in lines if _tells_of_full_disk(line)]:
-            return RunError(f"{folder}: {printable(said[-1])}")
+            words = printable(said[-1]).rstrip(".")
+            return RunError(f"{folder} met a full disk ({words}). Make room there, then start the sweep again.")
     return unwritable(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
