@@ -38,9 +38,9 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[data,notebooks,export,cluster,test]"
 	@touch $(INSTALLED)
 
-# Half an hour of a machine without other work.
+# A quarter of an hour of a machine without other work.
 LATENCY = {run_folder: runs/quick/synthetic, sizes: [XS, S, M], image_size: [256, 256], batches: [1, 16], threads: 0, \
-	longest: 5, seconds: 20}
+	longest: 5, seconds: 12}
 
 # The pictures of README.md, from the runs of `make run`.
 figures: run
