@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -121,6 +122,20 @@ def test_two_sweeps_do_not_work_in_one_folder(counting):
         with Lock(sweep.runs[0].folder / name), pytest.raises(LockError, match=r"seed1 is in use by process"):
             run_sweep(**counting("seeds: [1]", force=True))
     assert starts(sweep.runs[0].folder) == [] and state_of(sweep.runs[0]) == "stopped"
+
+
+def test_a_run_waits_for_who_else_works_in_its_folder(counting):
+    """A last kernel of a sweep that died, say, which may still be writing."""
+    arguments = counting("seeds: [1]")
+    (run,) = planned(arguments).runs
+    with ThreadPoolExecutor() as threads, Lock(run.folder / ".lock") as other:
+        # The sweep is one of this process, its run in another: which begins, and waits.
+        at_work = threads.submit(run_sweep, **arguments)
+        wait_for(lambda: Lock(run.folder / "run.log").is_held)
+        time.sleep(1)
+        assert starts(run.folder) == [] and not (run.folder / "order.json").exists()
+        other.leave()
+        assert at_work.result()["state"].tolist() == ["done"] and starts(run.folder) == [1]
 
 
 def test_ctrl_c_stops_the_runs_and_they_are_resumed(counting):

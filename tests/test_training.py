@@ -20,6 +20,7 @@ from effad_lib.backbones import file_sha256
 from effad_lib.datasets import DatasetError, load_dataset
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import prefetched
+from effad_lib.execution.lock import RUN_LOCK, Lock, LockError
 from effad_lib.images import ImageError
 from effad_lib.memory import OutOfMemory
 from effad_lib.networks import PDN, initialise
@@ -174,8 +175,13 @@ def test_seed_decides(start):
 def test_finished_training_is_loaded_not_repeated(start, monkeypatch):
     first, _ = start("run")
     monkeypatch.setattr(training.Trainer, "train_step", lambda self, draw: pytest.fail("trained again"))
-    again, _ = start("run")
+    again, run = start("run")
     assert weights_equal(first, again)
+    with Lock(run.folder / RUN_LOCK):  # while it is measured, say, by another process; or trained
+        assert weights_equal(first, start("run")[0])
+        run.model.unlink()
+        with pytest.raises(LockError, match="run is in use by process"):
+            start("run")
 
 
 def test_checkpoints_are_the_best_three_by_validation_loss(start):
