@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,33 @@ def test_a_full_disk_stops_the_sweep_and_no_run_has_failed(counting, tmp_path):
     assert state_of(run) == "stopped"
     (run.folder / "room").touch()
     assert run_sweep(**arguments)["state"].tolist() == ["done"] and starts(run.folder) == [1, 4]
+
+
+def fixed(sign, *folders):
+    """Let nobody, root neither, make or replace a file in folders ("+i"), or let them again; False where that fails."""
+    return shutil.which("chattr") and not subprocess.run(["chattr", sign, *folders], capture_output=True).returncode
+
+
+def test_folders_that_become_read_only_stop_the_sweep_and_no_run_has_failed(counting, tmp_path):
+    if not (fixed("+i", tmp_path) and fixed("-i", tmp_path)):
+        pytest.skip("only root makes folders immutable, on file systems that know it")
+    arguments = counting("parameters: {count: 40, seconds: 8.0}\nseeds: [1, 2]", workers=1)
+    runs = planned(arguments).runs
+    folders = runs[0].folder, runs[0].folder.parent
+    with ThreadPoolExecutor() as threads:
+        at_work = threads.submit(run_sweep, **arguments)
+        wait_for(lambda: (runs[0].folder / "history.csv").exists())
+        try:
+            assert fixed("+i", *folders)
+            with pytest.raises(RunError, match=r"cannot write .*seed1.*: Operation not permitted. Choose another fold"):
+                at_work.result()
+        finally:
+            assert fixed("-i", *folders)
+    assert [state_of(run) for run in runs] == ["stopped", "waiting"]
+    table = run_sweep(**arguments)
+    assert table["state"].tolist() == ["done", "done"]
+    assert table["last"].tolist() == [numbers(seed, 40)[-1] for seed in (1, 2)]
+    assert starts(runs[0].folder)[1] > 1 and starts(runs[1].folder) == [1]
 
 
 def test_two_sweeps_do_not_work_in_one_folder(counting):
