@@ -73,16 +73,16 @@ def calibrate(
     rank(len(images), false_alarm_rate, confidence)
     detector.eval()
     maps = [
-        torch.cat(detector.raw_maps(to_float(batch.to(detector.device))), dim=1).float().cpu()
+        torch.cat(detector.raw_maps(to_float(batch.to(detector.device))), dim=1).float()
         for batch in images.split(batch_size)
     ]
-    values = torch.cat(maps)
+    values = torch.cat(maps).cpu()
     _check_finite(values.flatten(1).isfinite().all(dim=1).numpy(), ())
     values = values.transpose(0, 1).flatten(1).numpy()
     # NumPy's quantile, as torch's refuses more than 2^24 values.
     quantiles = np.quantile(values, QUANTILES, axis=1).T
     detector.quantiles.copy_(torch.from_numpy(quantiles))
-    measure_normals(detector, images.cpu().split(batch_size))
+    _store(detector, (detector.finished(batch, images.shape[2:]).as_arrays() for batch in maps), (), {})
     choose_thresholds(detector, false_alarm_rate, confidence)
 
 

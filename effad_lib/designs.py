@@ -15,7 +15,7 @@ import torch
 from effad_lib.backbones import load_backbone
 from effad_lib.checkpoints import readable
 from effad_lib.datasets import Split, verify
-from effad_lib.distillation import DistillationSettings, recipe
+from effad_lib.distillation import DistillationSettings
 from effad_lib.distillation.loop import Distiller, sources
 from effad_lib.distillation.processes import Processes
 from effad_lib.distillation.targets import RecordedViews, Views, photographs
@@ -56,7 +56,11 @@ DESIGNS: dict[str, Layers] = {
 }
 """S, M and XS, and candidates of the same geometry (33×33 pixels, one cell every 4) with the autoencoder of XS."""
 
-EXPLORATION: dict[str, Any] = recipe("cpu") | {"steps": 600, "learning_rate": 2e-3, "run_folder": "runs/designs"}
+EXPLORATION: dict[str, Any] = DistillationSettings.recipe("cpu") | {
+    "steps": 600,
+    "learning_rate": 2e-3,
+    "run_folder": "runs/designs",
+}
 """Settings to start from: the recipe for CPUs with the rate of the shipped XS, in few steps."""
 
 DISTILLED: Takes = dict.fromkeys(("held_out_loss", "explained_variance"), (is_number, "a number"))

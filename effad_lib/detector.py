@@ -37,6 +37,10 @@ class AnomalyMaps(NamedTuple):
         """The image scores [N]: the largest value of the combined map, not clamped."""
         return self.combined.amax(dim=(1, 2, 3))
 
+    def as_arrays(self) -> Inspection:
+        """Return maps [N, H, W] and scores as arrays."""
+        return Inspection(*(maps[:, 0].cpu().numpy() for maps in self), self.score.cpu().numpy())
+
 
 class EfficientAD(nn.Module):
     """EfficientAD of size S, M or XS: teacher, student with twice the channels, autoencoder, and all normalisation.
@@ -81,8 +85,10 @@ class EfficientAD(nn.Module):
         return student_teacher, student_autoencoder
 
     def forward(self, images: Tensor) -> AnomalyMaps:
-        size = images.shape[-2], images.shape[-1]
-        maps = torch.cat(self.raw_maps(images), dim=1).float()
+        return self.finished(torch.cat(self.raw_maps(images), dim=1).float(), (images.shape[-2], images.shape[-1]))
+
+    def finished(self, maps: Tensor, size: Size) -> AnomalyMaps:
+        """Return both raw maps [N, 2, h, w] padded, brought to height and width `size`, on the model's scale."""
         if not self.padding:
             # Raw zeros mean "no difference"; padded after normalisation, the border would be brighter than the rest.
             maps = F.pad(maps, (4, 4, 4, 4))
@@ -97,7 +103,7 @@ class EfficientAD(nn.Module):
         """Return maps and scores of images uint8 [N, 3, H, W] as arrays; the detector is in evaluation mode then."""
         with torch.inference_mode():
             found = self.eval()(to_float(torch.from_numpy(np.ascontiguousarray(images)).to(self.device)))
-            return Inspection(*(maps[:, 0].cpu().numpy() for maps in found), found.score.cpu().numpy())
+            return found.as_arrays()
 
     @property
     def input_size(self) -> Size:

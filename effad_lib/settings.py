@@ -49,6 +49,9 @@ class Settings:
     MAY_CHANGE: typing.ClassVar[frozenset[str]] = frozenset()
     """Names of fields that do not change a run's result: a run may be continued with others."""
 
+    RECIPES: typing.ClassVar[typing.Mapping[str, typing.Mapping[str, Any]]] = types.MappingProxyType({"paper": {}})
+    """Values to start from, by name; "paper" are the defaults."""
+
     BEFORE: typing.ClassVar[typing.Mapping[str, Any]] = types.MappingProxyType({})
     """Of fields that were added later, the value that runs from before were made with, unasked."""
 
@@ -70,6 +73,13 @@ class Settings:
             if name not in known:
                 raise SettingsError(f"unknown parameter {name!r}: {nearest(name, known)}")
         return cls(**values)
+
+    @classmethod
+    def recipe(cls, name: str) -> dict[str, Any]:
+        """Return the values of a recipe by its name. Raises `SettingsError` that lists the known ones."""
+        if name not in cls.RECIPES:
+            raise SettingsError(f"unknown recipe {name!r}: {nearest(name, cls.RECIPES)}")
+        return dict(cls.RECIPES[name])
 
     @classmethod
     def from_notebook(cls, names: typing.Mapping[str, Any]) -> Self:
@@ -145,6 +155,8 @@ def pick_device(name: str = "auto") -> torch.device:
     kind, _, number = name.partition(":")
     last = torch.cuda.device_count() if kind == "cuda" else 1
     if there.get(kind, False) and (not number or number in map(str, range(last))):
+        if kind == "cuda":  # float32 means float32: torch's own default cuts it to ten bits in convolutions
+            torch.backends.cudnn.allow_tf32 = False
         return torch.device(name)
     here = ", ".join(device for device, is_there in there.items() if is_there)
     raise SettingsError(f"device = {name!r}: not available here. Use 'auto' or one of: {here}.")

@@ -90,6 +90,7 @@ def test_paths_are_seen_from_where_one_is(monkeypatch, tmp_path):
         (["train", "--dataset", "mvtec"], "unknown data set 'mvtec'.*Did you mean 'mvtec_ad'"),
         (["train", "--dataset", "elpv", "--category", "momo"], "unknown category 'momo'.*Did you mean 'mono'"),
         (["train", "--device", "gpu"], "device = 'gpu': not available here"),
+        (["train", "--recipe", "cpus"], "unknown recipe 'cpus': known are cpu, paper. Did you mean 'cpu'"),
         (["distill", "--size", "XL"], "unknown network size 'XL'"),
         (["distill", "--backbone", "resnet81"], "resnet81"),
         (["distill", "--recipe", "gpu"], "unknown recipe 'gpu': known are cpu, paper"),
@@ -161,3 +162,15 @@ def test_a_recipe_is_a_start_that_options_change(monkeypatch):
     assert short.steps == 7 and short.run_folder == "runs/x"
     assert (short.optimiser, short.schedule, short.backbone) == ("muon", "cosine", "resnet18")
     assert paper == DistillationSettings(run_folder="runs/x"), "the default is the paper's"
+
+
+def test_the_recipes_of_training_are_the_papers_and_one_for_cpus(monkeypatch):
+    from effad_lib import training
+
+    made = []
+    monkeypatch.setattr(training, "train", lambda settings, split: made.append(settings))
+    words = ["train", "--dataset", "elpv", "--run-folder", "runs/x"]
+    assert main([*words, "--recipe", "cpu", "--steps", "7"]) == main(words) == 0
+    short, paper = made
+    assert (short.size, short.steps, short.hard_quantile, short.schedule) == ("XS", 7, 0.99, "cosine")
+    assert paper == TrainingSettings(dataset="elpv", run_folder=paper.run_folder), "the default is the paper's"

@@ -3,6 +3,7 @@
 from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
+import torch
 
 from effad_lib.settings import Settings, SettingsError, nearest, pick_device
 
@@ -91,3 +92,13 @@ def test_a_device_that_is_not_here(name):
 def test_auto_takes_a_device_that_works():
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
     assert pick_device("cpu").type == "cpu"
+
+
+def test_on_graphics_cards_float32_is_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    pick_device("cpu")
+    assert torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("cuda").type == "cuda"
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32

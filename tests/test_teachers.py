@@ -10,7 +10,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from effad_lib.distillation import RECIPES, TEACHERS, load_teacher
+from effad_lib.distillation import TEACHERS, DistillationSettings, load_teacher
 from effad_lib.networks import PDN
 from effad_lib.settings import SettingsError
 from effad_lib.synthesis import product_names
@@ -95,8 +95,8 @@ def test_shipped_teachers_answer_where_something_is(path):
 
 def test_the_shipped_s_follows_the_recipe_for_cpus():
     _, card = load_teacher("S")
-    kept = card["settings"]
-    assert {name: kept[name] for name in RECIPES["cpu"]} == RECIPES["cpu"]
+    kept, recipe = card["settings"], DistillationSettings.recipe("cpu")
+    assert {name: kept[name] for name in recipe} == recipe
 
 
 @pytest.mark.parametrize("path", sorted(TEACHERS.glob("*.safetensors")), ids=lambda path: path.stem)

@@ -228,6 +228,31 @@ def test_cached_teacher_features_change_nothing(start):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_the_teacher_sees_each_training_image_once_before_the_first_step(start, monkeypatch, capsys):
+    seen, forward = [], PDN.forward
+
+    def counted(self, images):
+        if not torch.is_grad_enabled():
+            seen.append(len(images))
+        return forward(self, images)
+
+    class Enough(Exception):
+        """Before the first step."""
+
+    def stop(self):
+        raise Enough
+
+    monkeypatch.setattr(PDN, "forward", counted)
+    monkeypatch.setattr(training.Trainer, "loop", stop)
+    images = 13  # of 16, three are held out
+    for name, cache_gb in (("with", 2.0), ("without", 1e-6), ("none", 0.0)):
+        seen.clear()
+        with pytest.raises(Enough):
+            start(name, cache_gb=cache_gb)
+        assert sum(seen) == 1 + images  # one tells how much room is needed
+        assert ("features of 13 images take" in capsys.readouterr().err) == (name == "without")
+
+
 TERMS = list(Losses._fields)
 
 

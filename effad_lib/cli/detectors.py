@@ -8,7 +8,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from effad_lib.cli.options import Option, add_data_files, add_options, allow_data_files, given, mute, settings_options
+from effad_lib.cli.options import (
+    Option,
+    add_data_files,
+    add_options,
+    add_recipes,
+    allow_data_files,
+    given,
+    mute,
+    settings_options,
+)
 from effad_lib.runs import printable
 
 
@@ -16,6 +25,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad train`."""
     from effad_lib.training import TrainingSettings
 
+    add_recipes(parser, TrainingSettings, "size XS in six minutes of two cores at 256×256 pixels")
     add_options(parser, settings_options(TrainingSettings))
 
 
@@ -26,7 +36,8 @@ def train(options: argparse.Namespace) -> int:
     from effad_lib.training import TrainingSettings
     from effad_lib.training import train as work
 
-    settings = TrainingSettings.from_mapping(given(options, settings_options(TrainingSettings)))
+    values = given(options, settings_options(TrainingSettings))
+    settings = TrainingSettings.from_mapping(TrainingSettings.recipe(options.recipe) | values)
     split = load_dataset(
         settings.dataset,
         root=settings.data_root,

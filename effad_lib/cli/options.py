@@ -83,6 +83,12 @@ def settings_options(settings: type) -> list[Option]:
     ]
 
 
+def add_recipes(parser: argparse.ArgumentParser, settings: type, cpu: str) -> None:
+    """Add `--recipe` with the recipes of a settings dataclass; `cpu` says what that for CPUs is."""
+    known = " or ".join(settings.RECIPES)
+    parser.add_argument("--recipe", default="paper", help=f"settings to start from: {known}, {cpu} (default: paper)")
+
+
 def add_data_files(parser: argparse.ArgumentParser) -> None:
     """Add `--data-file`: what `allow_data_files` allows."""
     parser.add_argument(

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import argparse
 
-from effad_lib.cli.options import add_data_sets, add_options, as_path, as_split, as_teacher, given, settings_options
+from effad_lib.cli.options import (
+    add_data_sets,
+    add_options,
+    add_recipes,
+    as_path,
+    as_split,
+    as_teacher,
+    given,
+    settings_options,
+)
 
 
 def distill_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad distill`."""
-    from effad_lib.distillation import RECIPES, DistillationSettings
+    from effad_lib.distillation import DistillationSettings
 
-    known = " or ".join(RECIPES)
-    start = f"settings to start from: {known}, under an hour of two cores with a thousand images (default: paper)"
-    parser.add_argument("--recipe", default="paper", help=start)
+    add_recipes(parser, DistillationSettings, "under an hour of two cores with a thousand images")
     add_options(parser, settings_options(DistillationSettings))
 
 
 def distill(options: argparse.Namespace) -> int:
     """Distil a teacher from a pretrained backbone, or continue where it was stopped."""
-    from effad_lib.distillation import DistillationSettings, distil, recipe
+    from effad_lib.distillation import DistillationSettings, distil
 
     values = given(options, settings_options(DistillationSettings))
-    settings = DistillationSettings.from_mapping(recipe(options.recipe) | values)
+    settings = DistillationSettings.from_mapping(DistillationSettings.recipe(options.recipe) | values)
     print(distil(settings).folder / "teacher.safetensors")
     return 0
 

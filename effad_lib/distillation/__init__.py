@@ -1,12 +1,11 @@
 """Backbone → teacher: a patch description network learns to imitate a pretrained network's features (Algorithm 3)."""
 
 from effad_lib.distillation.loop import distil, learning_rate_factor
-from effad_lib.distillation.settings import RECIPES, DistillationSettings, recipe
+from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation, prefetched
 from effad_lib.distillation.teachers import TEACHERS, load_teacher, read_teacher_card, save_teacher, teacher_files
 
 __all__ = [
-    "RECIPES",
     "TEACHERS",
     "DistillationSettings",
     "Views",
@@ -17,7 +16,6 @@ __all__ = [
     "load_teacher",
     "prefetched",
     "read_teacher_card",
-    "recipe",
     "save_teacher",
     "teacher_files",
 ]

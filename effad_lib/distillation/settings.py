@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
 
 from effad_lib.backbones import check_backbone
 from effad_lib.images import check_size
 from effad_lib.networks import check_network
-from effad_lib.settings import PRECISIONS, SEEDS, Settings, SettingsError, nearest, pick_device
+from effad_lib.settings import PRECISIONS, SEEDS, Settings, pick_device
 
 OPTIMISERS = ("adam", "muon")
 """Adam is the paper's."""
@@ -17,33 +17,35 @@ OPTIMISERS = ("adam", "muon")
 MOST_CHANNELS = 4096
 """Twice as many as the widest backbone has."""
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "cpu": {
-        "backbone": "resnet18",
-        "image_size": [80, 80],
-        "padding": False,
-        "crop_scale": [0.1, 0.6],
-        "steps": 5000,
-        "batch_size": 8,
-        "learning_rate": 1.5e-3,
-        "optimiser": "muon",
-        "schedule": "cosine",
-        "initialisation": "fitted",
-        "fit_views": 96,
-        "ridge": 0.2,
-        "statistics_images": 2000,
-        "held_out": 50,
-    },
-}
-"""Settings to start from: the paper's, which are the defaults, and ours for a CPU, with which PDN-S was distilled."""
-
 
 @dataclass(frozen=True)
 class DistillationSettings(Settings):
     """Settings of a distillation; the defaults are the paper's (Algorithm 3)."""
 
     MAY_CHANGE = frozenset({"run_folder", "device", "backbone_weights", "images", "checkpoint_seconds"})
+
+    RECIPES = MappingProxyType(
+        {
+            "paper": {},
+            "cpu": {
+                "backbone": "resnet18",
+                "image_size": [80, 80],
+                "padding": False,
+                "crop_scale": [0.1, 0.6],
+                "steps": 5000,
+                "batch_size": 8,
+                "learning_rate": 1.5e-3,
+                "optimiser": "muon",
+                "schedule": "cosine",
+                "initialisation": "fitted",
+                "fit_views": 96,
+                "ridge": 0.2,
+                "statistics_images": 2000,
+                "held_out": 50,
+            },
+        }
+    )
+    """The paper's, which is the defaults, and ours for a CPU, with which PDN-S was distilled."""
 
     run_folder: str = "runs/distillation"  # a finished run in it is loaded, an interrupted one continued
     size: str = "S"  # S or M (paper), XS (for CPUs)
@@ -103,10 +105,3 @@ class DistillationSettings(Settings):
         self.require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
         self.require(self.seed in SEEDS, "seed", "a whole number from 0 to below 2^63")
         pick_device(self.device)
-
-
-def recipe(name: str) -> dict[str, Any]:
-    """Return the settings of a recipe by its name. Raises `SettingsError` that lists the known ones."""
-    if name not in RECIPES:
-        raise SettingsError(f"unknown recipe {name!r}: {nearest(name, RECIPES)}")
-    return RECIPES[name]

@@ -12,7 +12,7 @@ import torch
 from effad_lib.datasets import Sample, Saturation
 from effad_lib.detector import AnomalyMaps, EfficientAD
 from effad_lib.evaluation.result import MAP_NAMES, Evaluation, EvaluationError
-from effad_lib.images import ImageError, Levels, Size, read_image, read_mask, to_float
+from effad_lib.images import ImageError, Levels, Size, image_size, read_image, read_mask, to_float
 from effad_lib.memory import kept_memory
 from effad_lib.progress import progress
 
@@ -65,8 +65,7 @@ def _read(
 
     def read(sample: Sample) -> tuple[np.ndarray, Size] | ImageError:
         try:
-            original = read_image(sample.image, levels=levels).shape[1:]
-            image = read_image(sample.image, size, levels)
+            image, original = read_image(sample.image, size, levels), image_size(sample.image, levels)
         except ImageError as error:
             return error
         if sample.mask is not None:

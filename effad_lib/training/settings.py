@@ -20,6 +20,22 @@ class TrainingSettings(Settings):
 
     MAY_CHANGE = frozenset({"run_folder", "device", "compiled", "data_root", "penalty_images", "teacher"})
     BEFORE = MappingProxyType({"levels": [], "compiled": ""})
+    RECIPES = MappingProxyType(
+        {
+            "paper": {},
+            "cpu": {
+                "size": "XS",
+                "steps": 1500,
+                "learning_rate": 1e-3,
+                "schedule": "cosine",
+                "initialisation": "scaled",
+                "hard_quantile": 0.99,
+                "validate_every": 100,
+                "checkpoint_every": 100,
+            },
+        }
+    )
+    """The paper's, which is the defaults, and ours for a CPU, much as in the quick profile."""
 
     run_folder: str = "runs/training"  # a finished run in it is loaded, an interrupted one continued
     dataset: str = "synthetic"  # folder, elpv, synthetic, mvtec_ad(_2), mvtec_loco, visa, btad, or path/to/file.py:name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from effad_lib.documents import is_number, is_seconds, is_whole
 from effad_lib.images import NaturalImages, change_colour, draw_colours, to_float
 from effad_lib.memory import kept_memory
 from effad_lib.networks import initialise
-from effad_lib.progress import progress
+from effad_lib.progress import progress, say
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
 from effad_lib.settings import cores
 from effad_lib.training.settings import TrainingSettings
@@ -49,7 +50,7 @@ class Trainer:
         self.device = detector.device
         self.images, self.validation = images.to(self.device), validation.to(self.device)
         self.names = names
-        self.drawn: list[Tensor] = []  # the images of each step since the losses were last looked at
+        self.drawn: list[list[int]] = []  # the images of each step since the losses were last looked at
         self.first_bad = torch.tensor(-1, device=self.device)  # the first of these steps whose loss is not finite
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.generator_state = self.generator.get_state()  # after the last step, whatever was drawn ahead
@@ -62,7 +63,7 @@ class Trainer:
         self.losses = torch.compile(training_losses, mode=settings.compiled) if settings.compiled else training_losses
         state = run.load_checkpoint("last")
         if state is None:
-            self._measure_teacher()
+            self.teacher_cache = self._ask_teacher(anew=True)
             if settings.initialisation == "scaled":
                 initialise(detector.student, detector.normalise(to_float(self.images[:8])))
         body = [*detector.student.trunk.parameters(), *detector.autoencoder.parameters()]
@@ -76,29 +77,38 @@ class Trainer:
         if state is not None:
             with readable(run, state):
                 self._restore(state)
-        self.teacher_cache = self._teacher_cache()
-
-    @torch.inference_mode()
-    def _measure_teacher(self) -> None:
-        """Set mean and deviation of the teacher's channels over the training images (Algorithm 1, line 3 ff.)."""
-        batches = progress(self.images.split(8), desc="teacher statistics", leave=False)
-        mean, deviation = channel_statistics(
-            self.detector.teacher(self.detector.normalise(to_float(batch))) for batch in batches
-        )
-        self.detector.teacher_mean.copy_(mean)
-        self.detector.teacher_std.copy_(deviation)
+            self.teacher_cache = self._ask_teacher(anew=False)
 
     @torch.no_grad()
-    def _teacher_cache(self) -> Tensor | None:
-        """Return T̂ of all training images, which never changes, or None if it does not fit into `cache_gb`."""
-        first = self.detector.teacher_features(self.detector.normalise(to_float(self.images[:1])))
-        if first.nbytes * len(self.images) > self.settings.cache_gb * 2**30:
-            return None
-        cache = first.new_empty((len(self.images), *first.shape[1:]))
-        for start in progress(range(0, len(self.images), 8), desc="teacher features", leave=False):
-            batch = to_float(self.images[start : start + 8])
-            cache[start : start + 8] = self.detector.teacher_features(self.detector.normalise(batch))
-        return cache
+    def _ask_teacher(self, *, anew: bool) -> Tensor | None:
+        """Return T̂ of all training images, which never changes, or None, with a word, if `cache_gb` has no room for it.
+
+        If `anew`, set mean and deviation of the teacher's channels over the images (Algorithm 1, line 3 ff.) as well.
+        """
+        detector, images, room = self.detector, self.images, self.settings.cache_gb * 2**30
+        first = detector.teacher(detector.normalise(to_float(images[:1])))
+        needed = first.nbytes * len(images)
+        cache = first.new_empty((len(images), *first.shape[1:])) if needed <= room else None
+        if cache is None and room:
+            say(
+                f"the teacher's features of {len(images)} images take {needed / 2**30:.1f} GB, cache_gb is "
+                f"{self.settings.cache_gb:g}: each step computes those of its images again."
+            )
+
+        def outputs() -> Iterator[Tensor]:
+            for start in progress(range(0, len(images), 8), desc="teacher features", leave=False):
+                output = detector.teacher(detector.normalise(to_float(images[start : start + 8])))
+                if cache is not None:
+                    cache[start : start + 8] = output
+                yield output
+
+        if anew:
+            mean, deviation = channel_statistics(outputs())
+            detector.teacher_mean.copy_(mean)
+            detector.teacher_std.copy_(deviation)
+        elif cache is not None:
+            deque(outputs(), maxlen=0)
+        return None if cache is None else cache.sub_(detector.teacher_mean).div_(detector.teacher_std)
 
     def loop(self) -> None:
         """Train from the current step to the last one, validating, logging and saving on the way."""
@@ -164,7 +174,7 @@ class Trainer:
         """Take one step of Adam on what was drawn and return the loss terms, detached; nothing waits for the device."""
         settings, detector = self.settings, self.detector
         detector.train()
-        self.drawn.append(draw.chosen)
+        self.drawn.append(draw.chosen.tolist())
         here = draw.to(self.device)
         images = to_float(self.images[here.chosen])
         augmented = change_colour(images, here.kinds, here.factors)
@@ -194,7 +204,7 @@ class Trainer:
         """Raise `RunError` if a loss since this was last asked, or the state, is not finite: that is never saved."""
         if (first := int(self.first_bad)) >= 0:
             step = self.step - len(self.drawn) + first + 1
-            images = ", ".join(str(self.names[k]) if self.names else f"image {k}" for k in self.drawn[first].tolist())
+            images = ", ".join(str(self.names[k]) if self.names else f"image {k}" for k in self.drawn[first])
             raise self._not_finite("a loss", f"at step {step}, on {images}")
         if broken(self.state()):
             raise self._not_finite("a weight or a number of the optimiser's", f"after step {self.step}")
