@@ -99,12 +99,14 @@ def contenders(
     replayed as one graph. Sets torch's number of threads.
     """
     torch.set_num_threads(threads)
+    torch.compiler.reset()  # of one function torch keeps but a few compiled forms, and then goes without
     detector, device = detector.eval(), detector.device.type
     on_gpu = device == "cuda"
     torches = {"float32": detector} | ({"float16": in_half(detector)} if on_gpu else {})
     found: dict[Key, Call] = {("torch", name, device): _in_torch(model) for name, model in torches.items()}
+    mode = "reduce-overhead" if on_gpu else "default"
     for name, model in torches.items() if compiled and (on_gpu or shutil.which(os.environ.get("CXX", "g++"))) else ():
-        call = _in_torch(torch.compile(copy.deepcopy(model), mode="reduce-overhead" if on_gpu else "default"))
+        call = _in_torch(torch.compile(copy.deepcopy(model), mode=mode, dynamic=False))
         try:
             call(torch.from_numpy(images[:1]).to(detector.device) / 255)
         except RuntimeError as error:  # it needs Python's headers too, and on CUDA a compiler of its own
@@ -226,26 +228,52 @@ def flop(detector: EfficientAD, size: Size) -> int:
     return 2 * sum(multiply_adds(one, size) for one in (detector.teacher, detector.student, detector.autoencoder))
 
 
-def peak(device: str | torch.device = "cpu", threads: int = 0, *, side: int = 2048, repeats: int = 7) -> float:
+SIDES = {"cuda": 8192}
+"""Of the matrices for the peak of a kind of device, 2048 elsewhere: as large as it takes to keep all of it at work."""
+
+COPIED = 2**26
+"""Numbers in what is copied for the peak of a device's memory, 256 MiB: more than any cache."""
+
+
+def peak(device: str | torch.device = "cpu", threads: int = 0, *, side: int = 0, repeats: int = 7) -> float:
     """Return the floating-point operations a second that a large float32 matrix product reaches, the best of some.
 
-    On the CPU the better of torch's and ONNX Runtime's, as on some processors either is far from what they can do.
-    Sets torch's number of threads, unless 0 leaves it as it is.
+    `side` of the matrices, 0 takes that of `SIDES`. On the CPU the better of torch's and ONNX Runtime's, as on some
+    processors either is far from what they can do. Sets torch's number of threads, unless 0 leaves it as it is.
     """
     if threads:
         torch.set_num_threads(threads)
+    kind = torch.device(device).type
+    side = side or SIDES.get(kind, 2048)
     one, other = torch.rand((2, side, side), device=device)
-    kind = one.device.type
-    wait = {"cuda": partial(torch.cuda.synchronize, one.device), "mps": torch.mps.synchronize}.get(kind, lambda: None)
+    wait = _waiting(one.device)
     products = [lambda: (torch.mm(one, other), wait())]
     if kind == "cpu":
         session, given = _matrix_product(side, threads), {"one": one.numpy(), "other": other.numpy()}
         products.append(lambda: session.run(None, given))
+    return 2 * side**3 / _best(products, repeats)
+
+
+def copy_peak(device: str | torch.device = "cpu", *, repeats: int = 7) -> float:
+    """Return the bytes a second that a large copy within a device's memory reads and writes, the best of some."""
+    source = torch.zeros(COPIED, device=device)
+    target, wait = torch.ones_like(source), _waiting(source.device)
+    return 2 * source.nbytes / _best([lambda: (target.copy_(source), wait())], repeats)
+
+
+def _waiting(device: torch.device) -> Callable[[], object]:
+    """Return what waits until a device has done its work."""
+    waits = {"cuda": partial(torch.cuda.synchronize, device), "mps": torch.mps.synchronize}
+    return waits.get(device.type, lambda: None)
+
+
+def _best(calls: Sequence[Callable[[], object]], repeats: int) -> float:
+    """Return the seconds of the quickest of some calls, each made once more than `repeats`."""
     took = []
-    for product in (1 + repeats) * products:
+    for call in (1 + repeats) * list(calls):
         time.sleep(PAUSE)
-        took.append(_timed(product))
-    return 2 * side**3 / min(took)
+        took.append(_timed(call))
+    return min(took)
 
 
 def _matrix_product(side: int, threads: int) -> Any:

@@ -1,5 +1,7 @@
 """The benchmark measures the same algorithm twice: losses agree, work is counted, cases that grow cost more."""
 
+import re
+
 import literal
 import numpy as np
 import pytest
@@ -61,7 +63,7 @@ def test_tables_of_a_small_run(tmp_path, capsys):
     ]
     assert main(["bench", *arguments, "--precisions", "float32", "--no-inference", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert "training; " in said and "GFLOP/s" in said
+    assert "training; " in said and "GFLOP/s" in said and re.search(r"copy \d+ GB/s", said)
     table = benchmark.pd.read_csv(tmp_path / "out" / "training.csv").set_index(["size", "program"])
     assert list(table.index) == [("S", "literal"), ("S", "effad"), ("XS", "effad")]
     step, ours = table.loc[("S", "literal")], table.loc[("S", "effad")]
@@ -69,6 +71,30 @@ def test_tables_of_a_small_run(tmp_path, capsys):
     assert step["first_loss"] == pytest.approx(ours["first_loss"], rel=0.02)  # dropout draws other numbers
     assert np.isnan(table.loc[("XS", "effad"), "ratio"]) and (table["calls"] >= LEAST_CALLS).all()
     assert (table["share_of_peak"] > 0).all() and not (tmp_path / "out" / "inference.csv").exists()
+    assert table["where"].nunique() == 1 and f"1 threads, torch {torch.__version__}" in table["where"].iloc[0]
+
+
+def test_a_time_is_that_of_one_step_however_many_are_timed_together(monkeypatch):
+    """On an accelerator one waits for many steps at once, as a training does."""
+    taken, step = [], benchmark.Trainer.train_step
+
+    def counted(trainer, draw):
+        taken.append(draw)
+        return step(trainer, draw)
+
+    monkeypatch.setattr(benchmark.Trainer, "train_step", counted)
+    monkeypatch.setattr(benchmark, "STEPS", {"cpu": 3})
+    monkeypatch.setattr(benchmark, "measure", lambda calls, seconds: measured(calls))
+
+    def measured(calls):
+        losses = [call() for call in calls.values()]
+        index = benchmark.pd.MultiIndex.from_tuples(list(calls))
+        return benchmark.pd.DataFrame({"median_ms": 30.0, "p99_ms": 60.0, "calls": 1, "now": losses}, index)
+
+    settings = BenchmarkSettings.from_mapping(SMALL | {"sizes": ["XS"], "precisions": ["float32"]})
+    (row,) = benchmark.training_table(settings, None).to_dict("records")
+    assert len(taken) == 1 + 3 and row["median_ms"] == 10 and row["p99_ms"] == 20
+    assert row["now"] < row["first_loss"]
 
 
 def test_detection_without_exports():

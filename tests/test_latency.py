@@ -19,6 +19,7 @@ from effad_lib.latency import (
     LatencySettings,
     chance_detector,
     contenders,
+    copy_peak,
     flop,
     grid,
     measure,
@@ -174,6 +175,11 @@ def test_some_of_a_test_split_have_both_kinds(count, expected):
 
 def test_a_product_of_matrices_has_a_peak():
     assert 1e8 < peak(side=256, repeats=2) < 1e15
+
+
+def test_a_large_copy_has_a_peak(monkeypatch):
+    monkeypatch.setattr(latency, "COPIED", 2**20)
+    assert 1e8 < copy_peak(repeats=2) < 1e13
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps", "meta"])

@@ -28,5 +28,5 @@ def bench(options: argparse.Namespace) -> int:
         if options.out:
             path = Path(options.out).expanduser() / f"{name}.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, table.to_csv(index=False, float_format="%.5g"))
+            write_text(path, table.assign(where=table.attrs["where"]).to_csv(index=False, float_format="%.5g"))
     return 0
