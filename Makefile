@@ -5,14 +5,17 @@ PYTHON = python3
 BIN = .venv/bin
 INSTALLED = .venv/.installed
 
-.PHONY: help run test lab lint figures
+.PHONY: help install run test lab lint figures
 
 help:
+	@echo "make install only set up .venv, as every other target does first"
 	@echo "make run    execute the notebooks (quick profile) into runs/ and print the table of results"
 	@echo "make test   lint, unit tests and every notebook"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make figures rewrite the pictures of README.md"
 	@echo "make lint   check style and format, notebooks included"
+
+install: $(INSTALLED)
 
 run: $(INSTALLED)
 	$(BIN)/effad run
