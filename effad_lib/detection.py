@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from effad_lib.documents import is_text
 from effad_lib.engines import RUNTIMES, Inspection, Inspector, check_threads, load_exported
 from effad_lib.memory import kept_memory, ran_out
 from effad_lib.progress import progress, say
-from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
+from effad_lib.reading import ImageError, Size, find_images, fitted, not_text, read_image, read_mask
 from effad_lib.runs import (
     LongNameError,
     RunError,
@@ -154,13 +155,15 @@ def _row(detector: Inspector, path: Path, name: Path, out: Path, truth: Path | N
         score, marked = detect_one(detector, path, name, out, truth, wanted)
     except ImageError as error:
         say(f"left out: {printable(error)}")
-        return name.as_posix(), None, detector.threshold, "", None, str(error)
+        return name.as_posix(), None, detector.threshold, "", None, printable(error)
     return name.as_posix(), score, detector.threshold, decision(detector, score), marked, ""
 
 
 def _listed(images: Path, out: Path) -> dict[Path, Path]:
     """Return the files by the names that their results get: their paths below the folder."""
     if images.is_file():
+        if not is_text(images.name):
+            raise not_text(images)
         return {Path(images.name): images}
     if not images.is_dir():
         raise ImageError(f"{images}: there is no such image or folder.")

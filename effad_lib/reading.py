@@ -135,14 +135,19 @@ def image_entries(
             if not is_folder and not (os.path.splitext(entry.name)[1].lower() in SUFFIXES and _is_file(entry)):
                 continue
             if not is_text(entry.name):
-                kind = "folder" if is_folder else "file"
-                refuse(ImageError(f"{here}: the name {os.fsencode(entry.name)} is not UTF-8. Rename the {kind}."))
+                refuse(not_text(entry.path, "folder" if is_folder else "file"))
             elif is_folder:
                 yield from below(entry.path, depth + 1)
             elif not entry.is_symlink() or _is_inside(entry.path, root, apart):
                 yield entry
 
     yield from below(str(folder))
+
+
+def not_text(path: str | Path, kind: str = "file") -> ImageError:
+    """Return what to say of a file or folder whose own name is no text."""
+    folder, name = os.path.split(path)
+    return ImageError(f"{folder}: the name {os.fsencode(name)} is not UTF-8. Rename the {kind}.")
 
 
 def _is_inside(link: str, root: Path, apart: Path | None) -> bool:

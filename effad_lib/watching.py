@@ -233,7 +233,7 @@ def _judge(detector: Inspector, images: Path, name: str, out: Path, wanted: Want
     except UnreachableError:
         raise
     except ImageError as error:
-        return result | {"error": str(error)} if last and os.path.exists(path) else None
+        return result | {"error": printable(error)} if last and os.path.exists(path) else None
     return result | {"score": score, "decision": decision(detector, score), "marked": marked, "error": ""}
 
 

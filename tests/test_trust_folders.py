@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -107,6 +109,25 @@ def test_a_name_that_is_no_text_is_named_before_any_work(model, picture, tmp_pat
         file.write((tmp_path / "a.png").read_bytes())
     command_refused(capsys, ["detect", model, tmp_path], r"the name b'b\\xff\.png' is not UTF-8. Rename the file")
     refused(lambda: load_dataset("folder", root=tmp_path), "is not UTF-8")
+    image, out = os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.png"), tmp_path / "out"
+    command_refused(capsys, ["detect", model, image, "--out", out], r"the name b'b\\xff\.png' is not UTF-8")
+    assert not out.exists()
+
+
+def test_a_folder_whose_name_is_no_text_is_judged_and_its_errors_are_told(model, picture, tmp_path):
+    folder, out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/in\xff")), tmp_path / "out"
+    picture(folder / "a.png")
+    (folder / "b.png").write_bytes(b"")
+    assert main(["detect", str(model), str(folder), "--out", str(out), "--device", "cpu"]) == 1
+    assert pd.read_csv(out / "scores.csv")["error"].str.contains(r"in\\udcff/b\.png: cannot be read").tolist()[1]
+
+
+def test_names_go_to_an_output_that_takes_no_other_letters(model, picture, tmp_path):
+    out = os.fsencode(tmp_path) + b"/out\xff"
+    arguments = ["-m", "effad_lib.cli", "detect", model, picture(tmp_path / "a.png"), "--out", out]
+    strict = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([sys.executable, *arguments, "--heatmaps", "none"], capture_output=True, env=strict)
+    assert not done.returncode and done.stdout.endswith(b"out\\udcff\n")
 
 
 ROOTS = {  # how the folder comes to be, and what is said of it

@@ -186,6 +186,17 @@ def test_a_folder_whose_name_is_no_text_is_told_too(small_detector, picture, tmp
     assert sum("is not UTF-8. Rename the folder." in line for line in said) == 1
 
 
+def test_below_a_folder_whose_name_is_no_text_a_broken_file_is_judged_once(small_detector, tmp_path, looks):
+    images, out = os.fsdecode(os.fsencode(tmp_path) + b"/\xe4"), tmp_path / "out"
+    os.mkdir(images)
+    with open(os.path.join(images, "a.png"), "wb"):
+        pass
+    for count in (1, 0):
+        looks(nothing, nothing)
+        assert watch(small_detector, images, out, patience=0, report=lambda _: None) == count
+    assert "udce4/a.png: cannot be read" in results(out)["a.png.json"]["error"]
+
+
 def test_a_folder_that_is_taken_away_while_it_is_listed_does_no_harm(
     small_detector, picture, tmp_path, looks, monkeypatch
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import re
 import sys
@@ -60,6 +61,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 after an error of the user's, or 130 after Ctrl-C."""
+    with contextlib.suppress(AttributeError):  # a notebook's output takes any letter
+        if sys.stdout.errors == "strict":  # what its encoding lacks, such as "×" or a name's other bytes, is escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(message)
         try:
