@@ -27,6 +27,8 @@ NAN, INFINITE = float("nan"), float("inf")
 
 # --- models ---------------------------------------------------------------------------------------------------------
 
+CALIBRATION = {"normals": 1, "scores": [1], "pixels": [1], "rank": 1, "false_alarm_rate": 0, "confidence": 0.95}
+
 CARDS = {  # change of a model's card (None takes a field away), and what is said
     "no size": ({"size": None}, "its card has no size"),
     "no threshold": ({"threshold": None}, "its card has no threshold"),
@@ -67,8 +69,14 @@ CARDS = {  # change of a model's card (None takes a field away), and what is sai
         {"calibration": {"normals": 1, "scores": [1], "pixels": [1], "tile_overlap": "64"}}, "calibration = "
     ),
     "calibration not sorted": ({"calibration": {"normals": 2, "scores": [2, 1], "pixels": [1, 2]}}, "calibration = "),
-    "a rank beyond": (
-        {"calibration": {"normals": 1, "scores": [1], "pixels": [1], "rank": 2}}, "calibration = .*a rank among them"),
+    "a threshold beyond float32": ({"threshold": 1e308}, r"threshold = 1e\+308, which takes a number that float32"),
+    "a pixel threshold beyond float32": ({"pixel_threshold": -1e39}, "pixel_threshold = .*float32 holds, or null"),
+    "scores beyond float32": ({"calibration": {"normals": 1, "scores": [1e39], "pixels": [1]}}, "calibration = "),
+    "a rank beyond": ({"calibration": CALIBRATION | {"rank": 2}}, "calibration = .*a rank among them"),
+    "half a rank": ({"calibration": CALIBRATION | {"rank": 0.5}}, "calibration = "),
+    "a rank without confidence": ({"calibration": CALIBRATION | {"confidence": None}}, "calibration = .*its rule"),
+    "a rank alone": ({"calibration": {"normals": 1, "scores": [1], "pixels": [1], "rank": 1}}, "calibration = "),
+    "a source as number": ({"calibration": CALIBRATION | {"source": 3}}, "calibration = "),
 }  # fmt: skip
 
 WEIGHTS = {  # change of a model's weights, and what is said
