@@ -223,15 +223,57 @@ def test_exports_that_are_not_whole(own, picture, tmp_path, capsys, kind):
     assert "root:" not in said and not (tmp_path / "out").exists()
 
 
+def unsealed(path):
+    """An export's graph without card, and its card without the seal, as whoever alters them would have them."""
+    graph = onnx.load(path)
+    card = json.loads(next(entry.value for entry in graph.metadata_props if entry.key == CARD))
+    del card["seal"], graph.metadata_props[:]
+    return graph, card
+
+
+UNFIT = {  # what the card says of an export's making, and what is said
+    "batch as text": ({"batch": "x"}, r"the export in its card has batch = 'x', which takes null, or 1 to 4096 images"),
+    "no batch": ({"batch": 0}, "has batch = 0, which"),
+    "a batch below zero": ({"batch": -1}, "has batch = -1, which"),
+    "half a batch": ({"batch": 0.5}, "has batch = 0.5, which"),
+    "a billion at once": ({"batch": 10**9}, "has batch = 1000000000, which"),
+    "images of another size": ({"input_size": [128, 128]}, "Got: 128 Expected: 64|128"),
+    "size as number": ({"input_size": 64}, "has input_size = 64, which takes null, or height and width"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_exports_that_their_card_does_not_fit(own, kind):
+    change, says = UNFIT[kind]
+    graph, card = unsealed(path := own(".onnx"))
+    graph.metadata_props.add(key=CARD, value=json.dumps(card | {"export": card["export"] | change}))
+    onnx.save(graph, path)
+    refused(lambda: load_exported(path, "cpu"), f"not a whole effad export .*(?:{says})")
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_an_export_that_lacks_a_map_or_has_one_of_another_size_is_refused(own, wide):
+    graph, card = unsealed(path := own(".onnx"))
+    graph.metadata_props.add(key=CARD, value=json.dumps(card))
+    for node in graph.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["lost" if name == "combined" else name for name in names]
+    if wide:
+        graph.graph.node.append(onnx.helper.make_node("Concat", ["lost", "lost"], ["combined"], axis=3))
+        graph.graph.output[0].type.tensor_type.ClearField("shape")
+    else:
+        graph.graph.output[0].name = "lost"
+    onnx.save(graph, path)
+    says = r"it returns \[\(1, 64, 128\)" if wide else "Invalid output name: ?combined"
+    refused(lambda: load_exported(path, "cpu"), f"not a whole effad export .*cannot be judged: .*{says}")
+
+
 @pytest.mark.parametrize(
     "kind", ["no card", *(kind for kind in CARDS if "channels" not in kind and "size" not in kind)]
 )
 def test_cards_of_exports_are_checked_as_those_of_models(own, kind):
     path = own(".onnx")
-    graph = onnx.load(path)
-    card = json.loads(next(entry.value for entry in graph.metadata_props if entry.key == CARD))
-    del card["seal"]  # as whoever alters it would
-    del graph.metadata_props[:]
+    graph, card = unsealed(path)
     if kind != "no card":
         change, says = CARDS[kind]
         card = {name: value for name, value in (card | change).items() if value is not None}
