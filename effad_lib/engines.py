@@ -29,6 +29,9 @@ SEAL = re.compile(rb"effad sha256 ([0-9a-f]{64})")
 MOST_AT_ONCE = 4096
 """Images at a time that an export may take: fewer than these are filled up to so many."""
 
+MOST_THREADS = 1024
+"""Threads of the CPU that may be asked for; the runtimes start as many, whatever there is."""
+
 MADE: Takes = {
     "batch": (lambda value: value is None or is_whole(value, 1, MOST_AT_ONCE), f"null, or 1 to {MOST_AT_ONCE} images"),
     "input_size": (lambda value: value is None or isinstance(value, list), "null, or height and width"),
@@ -239,8 +242,8 @@ def _device(wanted: str, there: list[str], best: str) -> str:
 
 def check_threads(threads: int) -> None:
     """Raise `SettingsError` for a number of threads that cannot be."""
-    if threads < 0:
-        raise SettingsError(f"threads = {threads}: takes a number of threads, or 0, which leaves it to the runtime.")
+    if not 0 <= threads <= MOST_THREADS:
+        raise SettingsError(f"threads = {threads}: threads takes a number up to {MOST_THREADS}, or 0 for the default.")
 
 
 def seal_of(head: bytes, *weights: bytes) -> tuple[bytes, bytes]:

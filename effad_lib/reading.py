@@ -250,11 +250,10 @@ def _check_mode(path: str | Path, what: str, image: Image.Image, modes: tuple[st
     raw = " ".join(str(argument) for tile in image.tile for argument in tile[1:])
     mode = "16 bits a channel" if ";16" in raw and not grey else image.mode
     if mode not in modes:
-        levels = (
-            "Name the values of black and white when you train, such as --levels 0 4095, or save" if grey else "Save"
-        )
-        remedy = levels if what == "an image" else "Save"
-        raise ImageError(f"{path}: image mode {mode} is not supported. {remedy} it as 8-bit RGB or 8-bit grey first.")
+        levels = grey and what == "an image"
+        but = "`effad train` takes it with the values of black and white, such as --levels 0 4095. " if levels else ""
+        remedy = f"{but}{'Else save' if but else 'Save'} it as 8-bit RGB or 8-bit grey first."
+        raise ImageError(f"{path}: image mode {mode} is not supported{' as it is' if but else ''}. {remedy}")
 
 
 def read_mask(path: str | Path, shape: Size | None = None, level: int = 128) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 from trust import command_refused, files, refused
 
+from effad_lib import designs, probing
 from effad_lib.cli import main
 from effad_lib.datasets import load_dataset
 from effad_lib.datasets.split import listed
@@ -80,6 +82,21 @@ def test_odd_names_go_through_detect_and_stay_inside(model, picture, tmp_path):
     assert files(images) == before
 
 
+@pytest.mark.parametrize("heatmaps", ["all", "none"])
+def test_a_folder_that_is_called_like_a_result_keeps_no_other_image_from_being_judged(
+    model, picture, tmp_path, capsys, heatmaps
+):
+    for name in ("a.png", "a.png.png/b.png", "c.png"):
+        picture(tmp_path / "in" / name)
+    out = tmp_path / "out"
+    (out / "heatmaps" / "c.png.png").mkdir(parents=True)
+    arguments = ["detect", str(model), str(tmp_path / "in"), "--out", str(out), "--device", "cpu"]
+    assert main([*arguments, "--heatmaps", heatmaps]) == (heatmaps == "all")
+    errors = pd.read_csv(out / "scores.csv", keep_default_na=False).set_index("file")["error"]
+    said = dict.fromkeys(("a.png.png/b.png", "c.png"), "no file and folder have one name") if heatmaps == "all" else {}
+    assert all(said.get(name, "") in error and bool(error) == (name in said) for name, error in errors.items())
+
+
 ODD = "a\x1b[2J\rb\u202e\u2028"
 SHOWN = r"a\\x1b\[2J\\rb\\u202e\\u2028"
 
@@ -92,6 +109,30 @@ def test_names_cannot_control_a_terminal(model, picture, tmp_path, capsys):
     assert re.search(rf"left out: .*/{SHOWN}\\n\.png: cannot be read", capsys.readouterr().err)
     command_refused(capsys, ["detect", model, tmp_path / ODD], f"/{SHOWN}: there is no such image or folder")
     assert printable("größe_尺寸_📷 \u00a0\u3000") == "größe_尺寸_📷 \u00a0\u3000"
+
+
+def test_names_in_tables_and_cards_cannot_control_a_terminal_either(
+    small_detector, picture, tmp_path, capsys, monkeypatch
+):
+    table = pd.DataFrame({"layers": [""], ODD: [1.0]}, index=[ODD])
+    for room, work in ((designs, "explore"), (probing, "compare")):
+        monkeypatch.setattr(room, work, lambda *_, **__: table)
+    monkeypatch.setattr("effad_lib.cli.teachers.as_split", lambda *_: None)
+    monkeypatch.setattr("effad_lib.cli.designs.as_split", lambda *_: None)
+    odd = copy.deepcopy(small_detector)
+    odd.calibration["source"] = ODD
+    path = odd.save(tmp_path / "m.safetensors")
+    for command in (["probe", "XS", "--device", "cpu"], ["designs", "--out", tmp_path / "d"], ["threshold", path]):
+        assert main([str(part) for part in command]) == 0
+        said = capsys.readouterr().out
+        assert re.search(SHOWN, said) and not re.search("[\x1b\r\u202e\u2028]", said)
+
+
+def test_a_place_for_a_model_is_checked_before_images_are_measured(model, picture, tmp_path, capsys, monkeypatch):
+    picture(tmp_path / "in" / "a.png")
+    monkeypatch.setattr("effad_lib.calibration.measure_normals", lambda *_, **__: pytest.fail("work was done"))
+    command = ["threshold", model, "--normals", tmp_path / "in", "--out", tmp_path]
+    command_refused(capsys, command, "cannot write .*Is a directory.* Choose another folder")
 
 
 def test_lines_of_a_message_stay_lines_and_names_in_them_cannot_add_any(tmp_path, capsys):

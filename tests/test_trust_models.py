@@ -337,7 +337,7 @@ def test_of_a_runtimes_message_the_last_line_is_shown(own):
 
 @pytest.mark.parametrize("ending", [".onnx", ".xml"])
 def test_threads_that_cannot_be(own, ending):
-    refused(lambda: load_exported(own(ending), "cpu", -1), "threads = -1: takes a number of threads, or 0")
+    refused(lambda: load_exported(own(ending), "cpu", -1), "threads = -1: threads takes a number up to 1024, or 0")
 
 
 @pytest.mark.parametrize("name", ["m.pt", "m.onnx.gz", "m", "m.ONNX", "m.bin"])
