@@ -90,7 +90,7 @@ SETTINGS = [
     (EvaluationSettings, {"least_image_auroc": "high"}, "takes float, not str"),
     (EvaluationSettings, {"run_folder": ["a"]}, "run_folder takes str, not list"),
     (ExportSettings, {"batch": -1}, "batch takes"),
-    (ExportSettings, {"batch": 10**12}, "batch takes a number of images up to 4096"),
+    (ExportSettings, {"batch": 10**12}, "batch takes a number of images, or 0 for any; 4096 at most"),
     (ExportSettings, {"image_size": [64, 10**9]}, "at most 16,384"),
     (ExportSettings, {"compare": 0}, "compare takes"),
     (ExportSettings, {"opset": 0}, "opset takes"),

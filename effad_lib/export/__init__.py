@@ -74,7 +74,9 @@ class ExportSettings(Settings):
     def check(self) -> None:
         self.require(self.to in SUFFIXES, "to", "'onnx' or 'openvino'")
         self.require(self.precision in TOLERANCES, "precision", f"one of {', '.join(TOLERANCES)}")
-        self.require(0 <= self.batch <= MOST_AT_ONCE, "batch", f"a number of images up to {MOST_AT_ONCE}, or 0 for any")
+        self.require(
+            0 <= self.batch <= MOST_AT_ONCE, "batch", f"a number of images, or 0 for any; {MOST_AT_ONCE} at most"
+        )
         self.require(len(self.image_size) in (0, 2), "image_size", "height and width, or [] for the model's")
         if self.image_size:
             check_size(self.image_size)
