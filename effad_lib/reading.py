@@ -146,8 +146,8 @@ def image_entries(
 
 def not_text(path: str | Path, kind: str = "file") -> ImageError:
     """Return what to say of a file or folder whose own name is no text."""
-    folder, name = os.path.split(path)
-    return ImageError(f"{folder}: the name {os.fsencode(name)} is not UTF-8. Rename the {kind}.")
+    path = Path(path)
+    return ImageError(f"{path.parent}: the name {os.fsencode(path.name)} is not UTF-8. Rename the {kind}.")
 
 
 def _is_inside(link: str, root: Path, apart: Path | None) -> bool:
