@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from effad_lib.detector import EfficientAD
+from effad_lib.engines import check_threads
 from effad_lib.images import NaturalImages, Size, change_colour, check_size, to_float
 from effad_lib.latency import LatencySettings, chance_detector, copy_peak, grid, measure, peak
 from effad_lib.memory import peak_memory
@@ -55,7 +56,7 @@ class BenchmarkSettings(Settings):
         for name in ("sizes", "precisions"):
             self.require(len(getattr(self, name)) > 0, name, "at least one name")
         self.require(self.seconds > 0, "seconds", "a number above 0")
-        self.require(self.threads >= 0, "threads", "a number of threads, or 0 for all cores")
+        check_threads(self.threads)
         for precision in self.precisions:  # says what is wrong with the others
             TrainingSettings(precision=precision, compiled=self.compiled, device=self.device)
 

@@ -12,8 +12,16 @@ class CardError(ValueError):
     """A card with a field that is missing or impossible; the message names it, what it holds and what it takes."""
 
 
+MOST = 3.4028234663852886e38
+"""The largest float32: so large a score can be, and twice as much is still a number on the scale of a picture."""
+
+
+def _is_score(value: Any) -> bool:
+    return is_number(value, -MOST, MOST)
+
+
 def _is_threshold(value: Any) -> bool:
-    return value is None or is_number(value)
+    return value is None or _is_score(value)
 
 
 def _is_calibration(value: Any) -> bool:
@@ -23,10 +31,10 @@ def _is_calibration(value: Any) -> bool:
     lists = [value.get("scores"), value.get("pixels")]
     count = value.get("normals")
     sound = is_count(count) and all(isinstance(some, list) and len(some) == count for some in lists)
-    sound = sound and all(all(map(is_number, some)) and some == sorted(some) for some in lists)
-    rule = [value.get(name, 0) for name in ("rank", "false_alarm_rate", "confidence")]
-    sound = sound and all(map(is_number, rule)) and is_count(value.get("tile_overlap", 1))
-    return sound and value.get("rank", 1) in range(1, count + 1)
+    sound = sound and all(all(map(_is_score, some)) and some == sorted(some) for some in lists)
+    sound = sound and is_count(value.get("tile_overlap", 1)) and is_text(value.get("source", ""))
+    rule = [value[name] for name in ("rank", "false_alarm_rate", "confidence") if name in value]
+    return sound and (not rule or (len(rule) == 3 and all(map(is_number, rule)) and is_whole(rule[0], 1, count)))
 
 
 def _is_range(value: Any) -> bool:
@@ -39,13 +47,13 @@ NEEDED: Takes = {
     "channels": (is_count, "a whole number of at least 1"),
     "padding": (lambda value: isinstance(value, bool), "true or false"),
     "image_size": (lambda value: isinstance(value, list), "height and width"),
-    "threshold": (_is_threshold, "a number, or null"),
+    "threshold": (_is_threshold, "a number that float32 holds, or null"),
 }
 """Fields that every card has, what they take, and how an error says so."""
 
 KNOWN = NEEDED | {
-    "pixel_threshold": (_is_threshold, "a number, or null"),
-    "calibration": (_is_calibration, "scores and pixels of so many normals, sorted, and a rank among them"),
+    "pixel_threshold": (_is_threshold, "a number that float32 holds, or null"),
+    "calibration": (_is_calibration, "scores and pixels of so many normals, sorted, a rank among them, and its rule"),
     "aspects": (_is_range, "the lowest and the highest width of the training images, in heights"),
     "levels": (lambda value: isinstance(value, list) and all(map(is_number, value)), "two numbers, or none"),
     "data": (is_text, "a name"),

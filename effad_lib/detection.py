@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from effad_lib.documents import is_text
 from effad_lib.engines import RUNTIMES, Inspection, Inspector, check_threads, load_exported
 from effad_lib.memory import kept_memory, ran_out
 from effad_lib.progress import progress, say
-from effad_lib.reading import ImageError, Size, find_images, fitted, read_image, read_mask
+from effad_lib.reading import ImageError, Size, find_images, fitted, not_text, read_image, read_mask
 from effad_lib.runs import (
-    LongNameError,
+    BadNameError,
     RunError,
     check_writable,
     finish_step_on_interrupt,
@@ -154,13 +155,15 @@ def _row(detector: Inspector, path: Path, name: Path, out: Path, truth: Path | N
         score, marked = detect_one(detector, path, name, out, truth, wanted)
     except ImageError as error:
         say(f"left out: {printable(error)}")
-        return name.as_posix(), None, detector.threshold, "", None, str(error)
+        return name.as_posix(), None, detector.threshold, "", None, printable(error)
     return name.as_posix(), score, detector.threshold, decision(detector, score), marked, ""
 
 
 def _listed(images: Path, out: Path) -> dict[Path, Path]:
     """Return the files by the names that their results get: their paths below the folder."""
     if images.is_file():
+        if not is_text(images.name):
+            raise not_text(images)
         return {Path(images.name): images}
     if not images.is_dir():
         raise ImageError(f"{images}: there is no such image or folder.")
@@ -202,7 +205,7 @@ def detect_one(
 ) -> tuple[float, float | None]:
     """Write the results of one image; return its score and the share of its pixels that is marked.
 
-    Raises `ImageError` if it cannot be read or its name is too long for its results, and else as `detect`.
+    Raises `ImageError` if it cannot be read or no results can have its name, and else as `detect`.
     """
     image = read_image(path, levels=detector.levels)
     if wanted.tile_overlap is None:
@@ -232,7 +235,7 @@ def detect_one(
     picture = inside(out, "heatmaps", f"{name}.png")
     if wanted.heatmaps == "all" or (wanted.heatmaps == "defective" and decision(detector, score) == "defective"):
         _write(picture, _heatmap(detector, image, heat, mask, marked, f"{name.as_posix()}: score {score:.3g}"))
-    elif os.path.exists(picture):  # of another image of this name
+    elif os.path.isfile(picture):  # of another image of this name
         picture.unlink()
     return score, None if marked is None else float(marked.mean())
 
@@ -281,10 +284,10 @@ def _plots() -> ModuleType:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a result of one image; a name that is too long for it is a fault of that image alone."""
+    """Write a result of one image; a name that no file can have there is a fault of that image alone."""
     try:
         write_bytes(path, data)
-    except LongNameError as error:
+    except BadNameError as error:
         raise ImageError(str(error)) from error
 
 

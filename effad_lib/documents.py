@@ -14,6 +14,9 @@ import yaml
 MOST_BYTES = 2**16
 """A YAML file that is longer than this is refused: more would take seconds to read."""
 
+MOST_JSON_BYTES = 2**26
+"""A JSON file that is longer than this is refused: it would fill the memory."""
+
 MOST_VALUES = 100_000
 """A YAML file that stands for more values than this is refused: a few lines of aliases can stand for billions."""
 
@@ -125,9 +128,7 @@ def read_yaml(path: str | Path) -> Any:
     the last, and for files and aliases that stand for more than a file should hold.
     """
     path = Path(path)
-    data = _read(path, MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise DocumentError(f"{path} is longer than {MOST_BYTES:,} bytes. Make several files of it.")
+    data = _read(path, MOST_BYTES, "Make several files of it.")
     try:
         loader = _Loader(data.decode("utf-8"))
         if (root := loader.get_single_node()) is None:
@@ -147,7 +148,7 @@ def read_json(path: str | Path, kind: type = dict, takes: Takes | None = None, n
 
     Raises `DocumentError` as `parse_json`, and for a dict in which there is a `fault`.
     """
-    found = parse_json(_read(Path(path)), str(path), kind)
+    found = parse_json(_read(Path(path), MOST_JSON_BYTES, "Restore or delete it."), str(path), kind)
     if wrong := fault(found, takes or {}, needed):
         raise DocumentError(f"{path} {wrong}. Restore or delete it.")
     return found
@@ -180,12 +181,16 @@ def parse_json(text: str | bytes, source: str, kind: type = dict) -> Any:
     return value
 
 
-def _read(path: Path, most: int = -1) -> bytes:
+def _read(path: Path, most: int, remedy: str) -> bytes:
+    """Return what a file holds. Raises `DocumentError` for more than `most` bytes, with the remedy, without more."""
     try:
         with open(path, "rb") as file:
-            return file.read(most)
+            data = file.read(most + 1)
     except OSError as error:
         raise DocumentError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if len(data) > most:
+        raise DocumentError(f"{path} is longer than {most:,} bytes. {remedy}")
+    return data
 
 
 def _count(node: yaml.Node, path: Path, known: dict[int, int | None]) -> int:

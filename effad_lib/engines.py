@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from effad_lib.cards import read_card
+from effad_lib.documents import Takes, fault, is_whole
 from effad_lib.reading import Levels, Size, check_levels, check_size
 from effad_lib.settings import SettingsError, nearest
 
@@ -24,6 +25,18 @@ CARD = "effad_card"
 
 SEAL = re.compile(rb"effad sha256 ([0-9a-f]{64})")
 """In its card an exported file states the hash of itself and of the weights beside it, see `seal_of`."""
+
+MOST_AT_ONCE = 4096
+"""Images at a time that an export may take: fewer than these are filled up to so many."""
+
+MOST_THREADS = 1024
+"""Threads of the CPU that may be asked for; the runtimes start as many, whatever there is."""
+
+MADE: Takes = {
+    "batch": (lambda value: value is None or is_whole(value, 1, MOST_AT_ONCE), f"null, or 1 to {MOST_AT_ONCE} images"),
+    "input_size": (lambda value: value is None or isinstance(value, list), "null, or height and width"),
+}
+"""What an exported file's card says of its making, as far as that is needed to use it."""
 
 EXTRA = 'pip install "effad[export]", or {} alone where there is no torch.'
 
@@ -79,11 +92,14 @@ class Exported(ABC):
             text = self._open(path, device, threads)
             self.card = read_card(text)
             made, self.image_size = self.card["export"], tuple(self.card["image_size"])
+            if wrong := fault(made, MADE, MADE):
+                raise ValueError(f"the export in its card {wrong}")
             self.threshold, self.pixel_threshold = self.card["threshold"], self.card["pixel_threshold"]
             self.calibration = self.card["calibration"]
             self.input_size = None if made["input_size"] is None else check_size(made["input_size"])
             self.levels = check_levels(self.card["levels"])
             self.batch: int | None = made["batch"]
+            self._try()
         except (ImportError, SettingsError):
             raise
         except Exception as error:  # each runtime has a dozen classes of its own for a file that it cannot use
@@ -93,6 +109,17 @@ class Exported(ABC):
                 f"({reason[-1] if reason else type(error).__name__}). Export it again; if this runtime is older than "
                 f"the one there or lacks an operator, with a lower --opset or --precision float32."
             ) from error
+
+    def _try(self) -> None:
+        """Raise `ValueError` unless a black image of the size in the card gives maps of that size and a score."""
+        size = self.input_size or self.image_size
+        try:
+            shapes = [values.shape for values in self.inspect(np.zeros((1, 3, *size), np.uint8))]
+            reason = "" if shapes == [(1, *size)] * 3 + [(1,)] else f"it returns {shapes}"
+        except Exception as error:
+            reason = " ".join(str(error).split())[-200:] or type(error).__name__
+        if reason:
+            raise ValueError(f"an image of {size[0]}×{size[1]} pixels, as its card says, cannot be judged: {reason}")
 
     @abstractmethod
     def _open(self, path: Path, device: str, threads: int) -> str:
@@ -215,8 +242,8 @@ def _device(wanted: str, there: list[str], best: str) -> str:
 
 def check_threads(threads: int) -> None:
     """Raise `SettingsError` for a number of threads that cannot be."""
-    if threads < 0:
-        raise SettingsError(f"threads = {threads}: takes a number of threads, or 0, which leaves it to the runtime.")
+    if not 0 <= threads <= MOST_THREADS:
+        raise SettingsError(f"threads = {threads}: threads takes a number up to {MOST_THREADS}, or 0 for the default.")
 
 
 def seal_of(head: bytes, *weights: bytes) -> tuple[bytes, bytes]:

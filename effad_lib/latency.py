@@ -23,7 +23,7 @@ from torch import Tensor
 from effad_lib.datasets import Sample
 from effad_lib.detection import inspect_one
 from effad_lib.detector import EfficientAD
-from effad_lib.engines import Exported, Inspector, load_exported
+from effad_lib.engines import Exported, Inspector, check_threads, load_exported
 from effad_lib.export import LEAST_OPSET, ExportSettings, convert, in_half, record, save, to_onnx
 from effad_lib.images import Size, check_size, read_image
 from effad_lib.memory import kept_memory
@@ -73,7 +73,7 @@ class LatencySettings(Settings):
         self.require(self.most_images >= 1, "most_images", "a number of at least 1")
         self.require(self.seconds > 0, "seconds", "a number above 0")
         self.require(self.longest > 0, "longest", "a number above 0")
-        self.require(self.threads >= 0, "threads", "a number of threads, or 0 for all cores")
+        check_threads(self.threads)
         pick_device(self.device)
 
     @property

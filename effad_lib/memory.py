@@ -20,8 +20,12 @@ class OutOfMemory(RuntimeError):
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether an error says that there is no memory left; torch and the runtimes have none of their own kind for it."""
-    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory|enough memory", str(error)))
+    """Whether an error says that there is no memory left, or that no machine has as much as was asked for.
+
+    Torch and the runtimes have no errors of their own kind for it.
+    """
+    said = "out of memory|allocate memory|enough memory|[Ss]torage size calculation overflow"
+    return isinstance(error, MemoryError) or bool(re.search(said, str(error)))
 
 
 @contextmanager

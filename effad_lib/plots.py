@@ -175,6 +175,11 @@ def heat_scale(maps: Sequence[np.ndarray], threshold: float | None = None) -> Sc
     return (0.0, high) if high > 0 else (0.0, 1.0)
 
 
+def with_width(low: float, high: float) -> Scale:
+    """Return a scale from `low` to `high`, or where they are equal to one that float32 can tell from it."""
+    return low, max(high, low + 1e-6 * max(1.0, abs(low)))
+
+
 def plot_score_distribution(
     scores: np.ndarray, labels: Sequence, threshold: float | None = None, *, log_scale: bool = False
 ) -> Figure:

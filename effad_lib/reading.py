@@ -135,14 +135,19 @@ def image_entries(
             if not is_folder and not (os.path.splitext(entry.name)[1].lower() in SUFFIXES and _is_file(entry)):
                 continue
             if not is_text(entry.name):
-                kind = "folder" if is_folder else "file"
-                refuse(ImageError(f"{here}: the name {os.fsencode(entry.name)} is not UTF-8. Rename the {kind}."))
+                refuse(not_text(entry.path, "folder" if is_folder else "file"))
             elif is_folder:
                 yield from below(entry.path, depth + 1)
             elif not entry.is_symlink() or _is_inside(entry.path, root, apart):
                 yield entry
 
     yield from below(str(folder))
+
+
+def not_text(path: str | Path, kind: str = "file") -> ImageError:
+    """Return what to say of a file or folder whose own name is no text."""
+    path = Path(path)
+    return ImageError(f"{path.parent}: the name {os.fsencode(path.name)} is not UTF-8. Rename the {kind}.")
 
 
 def _is_inside(link: str, root: Path, apart: Path | None) -> bool:
@@ -245,11 +250,10 @@ def _check_mode(path: str | Path, what: str, image: Image.Image, modes: tuple[st
     raw = " ".join(str(argument) for tile in image.tile for argument in tile[1:])
     mode = "16 bits a channel" if ";16" in raw and not grey else image.mode
     if mode not in modes:
-        levels = (
-            "Name the values of black and white when you train, such as --levels 0 4095, or save" if grey else "Save"
-        )
-        remedy = levels if what == "an image" else "Save"
-        raise ImageError(f"{path}: image mode {mode} is not supported. {remedy} it as 8-bit RGB or 8-bit grey first.")
+        levels = grey and what == "an image"
+        but = "`effad train` takes it with the values of black and white, such as --levels 0 4095. " if levels else ""
+        remedy = f"{but}{'Else save' if but else 'Save'} it as 8-bit RGB or 8-bit grey first."
+        raise ImageError(f"{path}: image mode {mode} is not supported{' as it is' if but else ''}. {remedy}")
 
 
 def read_mask(path: str | Path, shape: Size | None = None, level: int = 128) -> np.ndarray:

@@ -55,8 +55,8 @@ class RunError(RuntimeError):
     """A run folder that cannot be used as asked."""
 
 
-class LongNameError(RunError):
-    """A file whose name is longer than its file system takes."""
+class BadNameError(RunError):
+    """A file whose name is longer than its file system takes, or a folder's, or below that of a file."""
 
 
 def resolve(path: str | Path, start: Path | None = None) -> Path:
@@ -112,7 +112,9 @@ def unwritable(path: Path, error: OSError) -> RunError:
     """Return what to say of a file that could not be written, with the remedy for its reason."""
     said = f"cannot write {path}: {error.strerror or error}"
     if error.errno == errno.ENAMETOOLONG:
-        return LongNameError(f"{said}. Shorten the name.")
+        return BadNameError(f"{said}. Shorten the name.")
+    if error.errno in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR):
+        return BadNameError(f"{said}: no file and folder have one name. Choose another folder, or rename one of them.")
     remedy = ". Choose another folder"
     if error.errno in NO_SPACE:
         there = next(folder for folder in path.parents if folder.exists())

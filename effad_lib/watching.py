@@ -161,7 +161,7 @@ def _alone(out: Path, made_by: dict[str, Any]) -> Iterator[None]:
 
 def _check_origin(results: Path, made_by: dict[str, Any]) -> None:
     """Raise `RunError` for results of another model or other tiles; as all are of one origin, one of them tells it."""
-    sound = filter(None, map(_result, results.rglob("*.json")))
+    sound = filter(None, map(_result, _results(results)))
     if (one := next(sound, None)) is None:
         return
     was = {"model": str(one.get("model", "unknown")), "tile_overlap": one.get("tile_overlap")}
@@ -176,12 +176,17 @@ def _check_origin(results: Path, made_by: dict[str, Any]) -> None:
 def collect(out: str | Path) -> None:
     """Write `scores.csv` from all results of a watched folder; a warning names those that are broken, without a row."""
     rows = []
-    for path in sorted((Path(out) / "results").rglob("*.json")):
+    for path in sorted(_results(Path(out) / "results")):
         if (result := _result(path)) is None:
             warnings.warn(f"{path}: no result of this program, left out of scores.csv. Delete it.", stacklevel=2)
         else:
             rows.append(tuple(result[name] for name in COLUMNS))
     write_table(rows, Path(out))
+
+
+def _results(folder: Path) -> Iterator[Path]:
+    """Yield the files of all results; a folder of images may be called like one."""
+    return filter(Path.is_file, folder.rglob("*.json"))
 
 
 def _result(path: Path) -> dict | None:
@@ -208,11 +213,15 @@ def _versions(images: Path, out: Path, faults: Faults) -> Iterator[tuple[str, Ve
 
 
 def _place(out: Path, name: str) -> Path:
-    """Return the path of a result. Raises `ImageError` as `inside`."""
+    """Return the path of a result. Raises `ImageError` as `inside`, and if other results keep it from being a file."""
     folder, _, last = name.rpartition("/")
     if len(last.encode()) > LONGEST_NAME:
         last = hashlib.sha256(last.encode()).hexdigest()
-    return inside(out, "results", os.path.join(folder, f"{last}.json"))
+    place = inside(out, "results", os.path.join(folder, f"{last}.json"))
+    above = next(path for path in place.parents if path.exists())
+    if place.is_dir() or not above.is_dir():
+        raise ImageError(f"{place}: an image and a folder want this name for their results. Rename one of them.")
+    return place
 
 
 def _stored(place: Path) -> Version | None:
@@ -233,7 +242,7 @@ def _judge(detector: Inspector, images: Path, name: str, out: Path, wanted: Want
     except UnreachableError:
         raise
     except ImageError as error:
-        return result | {"error": str(error)} if last and os.path.exists(path) else None
+        return result | {"error": printable(error)} if last and os.path.exists(path) else None
     return result | {"score": score, "decision": decision(detector, score), "marked": marked, "error": ""}
 
 

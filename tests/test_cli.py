@@ -12,6 +12,7 @@ from effad_lib.cli import COMMANDS, main
 from effad_lib.cli.options import given, settings_options
 from effad_lib.distillation import DistillationSettings
 from effad_lib.images import ImageError
+from effad_lib.memory import OutOfMemory
 from effad_lib.runs import PROJECT, Run, RunError
 from effad_lib.training import TrainingSettings
 
@@ -133,6 +134,9 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
         (ImageError("x.png: bad"), 2, "effad: x.png: bad"),
         (PermissionError(13, "Permission denied", "/x"), 2, "Permission denied: '/x'"),
         (KeyboardInterrupt("stopped after step 7; started again, the run continues there"), 130, "after step 7"),
+        (MemoryError(), 2, "effad: out of memory: ask for less at a time"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "effad: out of memory"),
+        (OutOfMemory("runs/a: out of memory with batch_size = 9."), 2, "effad: runs/a: out of memory with"),
         (KeyboardInterrupt(), 130, "what was finished before is kept"),
     ],
 )

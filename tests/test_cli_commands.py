@@ -91,7 +91,7 @@ def test_images_of_16_bits_go_all_the_way_with_levels(teacher, product, tmp_path
     run = tmp_path / "run"
     settings = f"--dataset folder --data-root {product} --run-folder {run} --teacher {teacher} --size XS"
     arguments = [*settings.split(), *"--image-size 64 64 --steps 2 --device cpu".split()]
-    assert "Name the values of black and white" in failure(capsys, "train", *arguments)
+    assert "with the values of black and white, such as --levels 0 4095" in failure(capsys, "train", *arguments)
     shutil.rmtree(run)
     assert main(["train", *arguments, "--levels", "0", "4080"]) == 0
     assert main(["evaluate", str(run)]) == 0

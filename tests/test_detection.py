@@ -133,7 +133,7 @@ def test_a_model_takes_so_many_threads(model, monkeypatch):
         detection.open_model(path, "cpu", threads=3)
     detection.open_model(model, "cpu")
     assert asked == [3, ("m.onnx", 3)]
-    with pytest.raises(SettingsError, match=r"threads = -1: takes a number of threads"):
+    with pytest.raises(SettingsError, match=r"threads = -1: threads takes a number"):
         detection.open_model(model, threads=-1)
 
 

@@ -188,7 +188,7 @@ def test_16_bit_grey_is_read_by_its_levels(tmp_path):
         path = save(tmp_path / name, values)
         assert np.array_equal(read_image(path, levels=(100, 4095)), np.stack([expected] * 3))
         with pytest.raises(
-            ImageError, match=rf"{name}: image mode I.*Name the values of black and white .* --levels 0"
+            ImageError, match=rf"{name}: image mode I.*takes it with the values of black and white, such as --levels 0"
         ):
             read_image(path)
         with pytest.raises(ImageError, match=r"not supported. Save it as 8-bit"):

@@ -59,6 +59,15 @@ def test_running_out_names_what_to_make_smaller(take):
         take(2**50)
 
 
+@pytest.mark.parametrize("size", [(2**62, 4), (2**62, 3, 64, 64)])
+def test_more_than_any_machine_has_is_running_out(size):
+    with (
+        pytest.raises(OutOfMemory, match=r"runs/a: out of memory with batch_size = 9\."),
+        enough_memory("runs/a", {"batch_size": 9}),
+    ):
+        torch.empty(size)
+
+
 def test_other_errors_are_not_taken_for_it():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught, enough_memory("runs/a", {}):
         torch.ones(2, 3) @ torch.ones(2, 3)

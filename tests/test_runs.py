@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):
 def test_a_remedy_fits_the_reason(tmp_path, number, says):
     error = runs.unwritable(tmp_path / "none" / "a.txt", OSError(number, os.strerror(number)))
     assert re.search(f"cannot write .*a.txt: {says}", str(error))
-    assert isinstance(error, runs.LongNameError) == (number == errno.ENAMETOOLONG)
+    assert isinstance(error, runs.BadNameError) == (number == errno.ENAMETOOLONG)
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from effad_lib.synthesis import (
     photograph_defects,
     render,
     synthesize,
+    writer,
 )
 
 FEW = {"image_size": [64, 64], "train": 1, "test_good": 1, "test_per_defect": 1}
@@ -81,6 +83,17 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
     counts = {"image_size": [64, 64], "train": 20, "test_good": 8, "test_per_defect": 3}
     one, three = (synthesize(settings(tmp_path / str(n), "gasket", workers=n, **counts)) for n in (1, 3))
     assert files(one) == files(three)
+
+
+def test_a_drawing_process_that_is_killed_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    save = writer._save
+    monkeypatch.setattr(writer, "_save", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    wanted = settings(tmp_path, workers=2, **FEW | {"train": 20})
+    with pytest.raises(SynthesisError, match="rendering metal: one of 2 drawing processes was ended from outside"):
+        synthesize(wanted)
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(writer, "_save", save)
+    assert synthesize(wanted).is_dir()
 
 
 def test_the_same_data_set_in_memory(tmp_path):

@@ -192,6 +192,14 @@ def test_a_threshold_of_tiles_goes_into_an_export(textured, tmp_path):
         assert own_thresholds(exported, model, find_images(line), "") == "the model"
 
 
+def test_tiles_of_a_card_that_its_model_cannot_take_end_an_export_before_the_work(textured, tmp_path):
+    model = EfficientAD.load(textured[1])
+    model.calibration["tile_overlap"] = 10**6
+    file = model.save(tmp_path / "m.safetensors")
+    with pytest.raises(SettingsError, match="tile overlap = 1000000: takes 40 to"):
+        export(file, ExportSettings(precision="int8"), normals=textured[2], out=tmp_path / "model.onnx")
+
+
 def test_a_threshold_of_tiles_that_cannot_be_is_refused(textured, picture, tmp_path, capsys):
     single, _, line = textured
     before, small = single.read_bytes(), picture(tmp_path / "small" / "a.png", size=(60, 200)).parent

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pandas as pd
 import pytest
 from trust import command_refused, files, refused
 
+from effad_lib import designs, probing
 from effad_lib.cli import main
 from effad_lib.datasets import load_dataset
 from effad_lib.datasets.split import listed
@@ -78,6 +82,21 @@ def test_odd_names_go_through_detect_and_stay_inside(model, picture, tmp_path):
     assert files(images) == before
 
 
+@pytest.mark.parametrize("heatmaps", ["all", "none"])
+def test_a_folder_that_is_called_like_a_result_keeps_no_other_image_from_being_judged(
+    model, picture, tmp_path, capsys, heatmaps
+):
+    for name in ("a.png", "a.png.png/b.png", "c.png"):
+        picture(tmp_path / "in" / name)
+    out = tmp_path / "out"
+    (out / "heatmaps" / "c.png.png").mkdir(parents=True)
+    arguments = ["detect", str(model), str(tmp_path / "in"), "--out", str(out), "--device", "cpu"]
+    assert main([*arguments, "--heatmaps", heatmaps]) == (heatmaps == "all")
+    errors = pd.read_csv(out / "scores.csv", keep_default_na=False).set_index("file")["error"]
+    said = dict.fromkeys(("a.png.png/b.png", "c.png"), "no file and folder have one name") if heatmaps == "all" else {}
+    assert all(said.get(name, "") in error and bool(error) == (name in said) for name, error in errors.items())
+
+
 ODD = "a\x1b[2J\rb\u202e\u2028"
 SHOWN = r"a\\x1b\[2J\\rb\\u202e\\u2028"
 
@@ -90,6 +109,30 @@ def test_names_cannot_control_a_terminal(model, picture, tmp_path, capsys):
     assert re.search(rf"left out: .*/{SHOWN}\\n\.png: cannot be read", capsys.readouterr().err)
     command_refused(capsys, ["detect", model, tmp_path / ODD], f"/{SHOWN}: there is no such image or folder")
     assert printable("größe_尺寸_📷 \u00a0\u3000") == "größe_尺寸_📷 \u00a0\u3000"
+
+
+def test_names_in_tables_and_cards_cannot_control_a_terminal_either(
+    small_detector, picture, tmp_path, capsys, monkeypatch
+):
+    table = pd.DataFrame({"layers": [""], ODD: [1.0]}, index=[ODD])
+    for room, work in ((designs, "explore"), (probing, "compare")):
+        monkeypatch.setattr(room, work, lambda *_, **__: table)
+    monkeypatch.setattr("effad_lib.cli.teachers.as_split", lambda *_: None)
+    monkeypatch.setattr("effad_lib.cli.designs.as_split", lambda *_: None)
+    odd = copy.deepcopy(small_detector)
+    odd.calibration["source"] = ODD
+    path = odd.save(tmp_path / "m.safetensors")
+    for command in (["probe", "XS", "--device", "cpu"], ["designs", "--out", tmp_path / "d"], ["threshold", path]):
+        assert main([str(part) for part in command]) == 0
+        said = capsys.readouterr().out
+        assert re.search(SHOWN, said) and not re.search("[\x1b\r\u202e\u2028]", said)
+
+
+def test_a_place_for_a_model_is_checked_before_images_are_measured(model, picture, tmp_path, capsys, monkeypatch):
+    picture(tmp_path / "in" / "a.png")
+    monkeypatch.setattr("effad_lib.calibration.measure_normals", lambda *_, **__: pytest.fail("work was done"))
+    command = ["threshold", model, "--normals", tmp_path / "in", "--out", tmp_path]
+    command_refused(capsys, command, "cannot write .*Is a directory.* Choose another folder")
 
 
 def test_lines_of_a_message_stay_lines_and_names_in_them_cannot_add_any(tmp_path, capsys):
@@ -107,6 +150,25 @@ def test_a_name_that_is_no_text_is_named_before_any_work(model, picture, tmp_pat
         file.write((tmp_path / "a.png").read_bytes())
     command_refused(capsys, ["detect", model, tmp_path], r"the name b'b\\xff\.png' is not UTF-8. Rename the file")
     refused(lambda: load_dataset("folder", root=tmp_path), "is not UTF-8")
+    image, out = os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.png"), tmp_path / "out"
+    command_refused(capsys, ["detect", model, image, "--out", out], r"the name b'b\\xff\.png' is not UTF-8")
+    assert not out.exists()
+
+
+def test_a_folder_whose_name_is_no_text_is_judged_and_its_errors_are_told(model, picture, tmp_path):
+    folder, out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/in\xff")), tmp_path / "out"
+    picture(folder / "a.png")
+    (folder / "b.png").write_bytes(b"")
+    assert main(["detect", str(model), str(folder), "--out", str(out), "--device", "cpu"]) == 1
+    assert pd.read_csv(out / "scores.csv")["error"].str.contains(r"in\\udcff/b\.png: cannot be read").tolist()[1]
+
+
+def test_names_go_to_an_output_that_takes_no_other_letters(model, picture, tmp_path):
+    out = os.fsencode(tmp_path) + b"/out\xff"
+    arguments = ["-m", "effad_lib.cli", "detect", model, picture(tmp_path / "a.png"), "--out", out]
+    strict = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([sys.executable, *arguments, "--heatmaps", "none"], capture_output=True, env=strict)
+    assert not done.returncode and done.stdout.endswith(b"out\\udcff\n")
 
 
 ROOTS = {  # how the folder comes to be, and what is said of it

@@ -27,6 +27,8 @@ NAN, INFINITE = float("nan"), float("inf")
 
 # --- models ---------------------------------------------------------------------------------------------------------
 
+CALIBRATION = {"normals": 1, "scores": [1], "pixels": [1], "rank": 1, "false_alarm_rate": 0, "confidence": 0.95}
+
 CARDS = {  # change of a model's card (None takes a field away), and what is said
     "no size": ({"size": None}, "its card has no size"),
     "no threshold": ({"threshold": None}, "its card has no threshold"),
@@ -67,8 +69,14 @@ CARDS = {  # change of a model's card (None takes a field away), and what is sai
         {"calibration": {"normals": 1, "scores": [1], "pixels": [1], "tile_overlap": "64"}}, "calibration = "
     ),
     "calibration not sorted": ({"calibration": {"normals": 2, "scores": [2, 1], "pixels": [1, 2]}}, "calibration = "),
-    "a rank beyond": (
-        {"calibration": {"normals": 1, "scores": [1], "pixels": [1], "rank": 2}}, "calibration = .*a rank among them"),
+    "a threshold beyond float32": ({"threshold": 1e308}, r"threshold = 1e\+308, which takes a number that float32"),
+    "a pixel threshold beyond float32": ({"pixel_threshold": -1e39}, "pixel_threshold = .*float32 holds, or null"),
+    "scores beyond float32": ({"calibration": {"normals": 1, "scores": [1e39], "pixels": [1]}}, "calibration = "),
+    "a rank beyond": ({"calibration": CALIBRATION | {"rank": 2}}, "calibration = .*a rank among them"),
+    "half a rank": ({"calibration": CALIBRATION | {"rank": 0.5}}, "calibration = "),
+    "a rank without confidence": ({"calibration": CALIBRATION | {"confidence": None}}, "calibration = .*its rule"),
+    "a rank alone": ({"calibration": {"normals": 1, "scores": [1], "pixels": [1], "rank": 1}}, "calibration = "),
+    "a source as number": ({"calibration": CALIBRATION | {"source": 3}}, "calibration = "),
 }  # fmt: skip
 
 WEIGHTS = {  # change of a model's weights, and what is said
@@ -215,15 +223,57 @@ def test_exports_that_are_not_whole(own, picture, tmp_path, capsys, kind):
     assert "root:" not in said and not (tmp_path / "out").exists()
 
 
+def unsealed(path):
+    """An export's graph without card, and its card without the seal, as whoever alters them would have them."""
+    graph = onnx.load(path)
+    card = json.loads(next(entry.value for entry in graph.metadata_props if entry.key == CARD))
+    del card["seal"], graph.metadata_props[:]
+    return graph, card
+
+
+UNFIT = {  # what the card says of an export's making, and what is said
+    "batch as text": ({"batch": "x"}, r"the export in its card has batch = 'x', which takes null, or 1 to 4096 images"),
+    "no batch": ({"batch": 0}, "has batch = 0, which"),
+    "a batch below zero": ({"batch": -1}, "has batch = -1, which"),
+    "half a batch": ({"batch": 0.5}, "has batch = 0.5, which"),
+    "a billion at once": ({"batch": 10**9}, "has batch = 1000000000, which"),
+    "images of another size": ({"input_size": [128, 128]}, "Got: 128 Expected: 64|128"),
+    "size as number": ({"input_size": 64}, "has input_size = 64, which takes null, or height and width"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_exports_that_their_card_does_not_fit(own, kind):
+    change, says = UNFIT[kind]
+    graph, card = unsealed(path := own(".onnx"))
+    graph.metadata_props.add(key=CARD, value=json.dumps(card | {"export": card["export"] | change}))
+    onnx.save(graph, path)
+    refused(lambda: load_exported(path, "cpu"), f"not a whole effad export .*(?:{says})")
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_an_export_that_lacks_a_map_or_has_one_of_another_size_is_refused(own, wide):
+    graph, card = unsealed(path := own(".onnx"))
+    graph.metadata_props.add(key=CARD, value=json.dumps(card))
+    for node in graph.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["lost" if name == "combined" else name for name in names]
+    if wide:
+        graph.graph.node.append(onnx.helper.make_node("Concat", ["lost", "lost"], ["combined"], axis=3))
+        graph.graph.output[0].type.tensor_type.ClearField("shape")
+    else:
+        graph.graph.output[0].name = "lost"
+    onnx.save(graph, path)
+    says = r"it returns \[\(1, 64, 128\)" if wide else "Invalid output name: ?combined"
+    refused(lambda: load_exported(path, "cpu"), f"not a whole effad export .*cannot be judged: .*{says}")
+
+
 @pytest.mark.parametrize(
     "kind", ["no card", *(kind for kind in CARDS if "channels" not in kind and "size" not in kind)]
 )
 def test_cards_of_exports_are_checked_as_those_of_models(own, kind):
     path = own(".onnx")
-    graph = onnx.load(path)
-    card = json.loads(next(entry.value for entry in graph.metadata_props if entry.key == CARD))
-    del card["seal"]  # as whoever alters it would
-    del graph.metadata_props[:]
+    graph, card = unsealed(path)
     if kind != "no card":
         change, says = CARDS[kind]
         card = {name: value for name, value in (card | change).items() if value is not None}
@@ -287,7 +337,7 @@ def test_of_a_runtimes_message_the_last_line_is_shown(own):
 
 @pytest.mark.parametrize("ending", [".onnx", ".xml"])
 def test_threads_that_cannot_be(own, ending):
-    refused(lambda: load_exported(own(ending), "cpu", -1), "threads = -1: takes a number of threads, or 0")
+    refused(lambda: load_exported(own(ending), "cpu", -1), "threads = -1: threads takes a number up to 1024, or 0")
 
 
 @pytest.mark.parametrize("name", ["m.pt", "m.onnx.gz", "m", "m.ONNX", "m.bin"])

@@ -242,6 +242,13 @@ def test_a_history_that_is_none_is_no_progress(tmp_path, content):
     assert last_step(tmp_path / "history.csv") in (0, 1, 5)
 
 
+@pytest.mark.parametrize("name", ["metrics.json", "sources.json"])
+def test_a_file_in_json_that_would_fill_the_memory_is_not_read(run, name):
+    with open(run / name, "wb") as file:
+        file.truncate(2**40)
+    refused(lambda: (Run(run).metrics, Run(run).sources), rf"{name} is longer than 67,108,864 bytes\. Restore or")
+
+
 # --- notes ----------------------------------------------------------------------------------------------------------
 
 

@@ -15,8 +15,9 @@ from effad_lib.evaluation import MAP_NAMES, load_maps
 from effad_lib.images import ImageError, read_image, read_mask, to_float
 from effad_lib.runs import RunError
 from effad_lib.settings import SettingsError
-from effad_lib.viewer import of_images, of_maps, of_run
+from effad_lib.viewer import State, of_images, of_maps, of_run
 from effad_lib.viewer.findings import UNKNOWN
+from effad_lib.viewer.rendering import Layers, panel
 
 
 def shown(findings):
@@ -224,9 +225,14 @@ def test_the_scale_of_maps_is_that_of_a_model_or_holds_even_constant_ones(mapped
     findings = of_maps(maps, images, model=model)
     assert (findings.threshold, findings.pixel_threshold) == (own.threshold, own.pixel_threshold)
     assert findings.scale == (0, 2 * max(own.threshold, 0.1)) and findings.scores.tolist() == [1, 2, 4]
-    for file in ("a.jpg.npy", "sub/b.npy", "sub/c.npy"):
-        np.save(maps / file, np.full((4, 4), -2.0))
-    assert of_maps(maps, images).scale[0] == -2 < of_maps(maps, images).scale[1]
+    for value in (-2.0, 1e30, -1e30, 2**62):
+        for file in ("a.jpg.npy", "sub/b.npy", "sub/c.npy"):
+            np.save(maps / file, np.full((4, 4), value))
+        findings = of_maps(maps, images)
+        assert np.float32(findings.scale[0]) == np.float32(value) < np.float32(findings.scale[1])
+        for scaling in ("run", "image"):
+            seen = State(map="combined", scaling=scaling)
+            assert panel("heatmap", Layers(findings.picture(0), seen), seen, findings.scale).size
 
 
 def test_images_without_a_map_are_left_out_with_a_warning(mapped, picture):

@@ -186,6 +186,29 @@ def test_a_folder_whose_name_is_no_text_is_told_too(small_detector, picture, tmp
     assert sum("is not UTF-8. Rename the folder." in line for line in said) == 1
 
 
+def test_a_folder_that_is_called_like_the_result_of_an_image_is_told(small_detector, picture, tmp_path, looks):
+    images, out, said = tmp_path / "in", tmp_path / "out", []
+    for name in ("a.png", "a.png.json/b.png", "c.png.json/d.png"):
+        picture(images / name)
+    looks(nothing, lambda: picture(images / "c.png"), nothing, nothing)
+    assert watch(small_detector, images, out, report=said.append) == 2
+    told = [line for line in said if "want this name" in line]
+    assert len(told) == 2 and "a.png.json/b.png.json: an image and a folder" in told[0] and "c.png.json: " in told[1]
+    with open(out / "scores.csv", newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["a.png", "c.png.json/d.png"]
+
+
+def test_below_a_folder_whose_name_is_no_text_a_broken_file_is_judged_once(small_detector, tmp_path, looks):
+    images, out = os.fsdecode(os.fsencode(tmp_path) + b"/\xe4"), tmp_path / "out"
+    os.mkdir(images)
+    with open(os.path.join(images, "a.png"), "wb"):
+        pass
+    for count in (1, 0):
+        looks(nothing, nothing)
+        assert watch(small_detector, images, out, patience=0, report=lambda _: None) == count
+    assert "udce4/a.png: cannot be read" in results(out)["a.png.json"]["error"]
+
+
 def test_a_folder_that_is_taken_away_while_it_is_listed_does_no_harm(
     small_detector, picture, tmp_path, looks, monkeypatch
 ):

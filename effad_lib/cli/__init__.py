@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import re
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from effad_lib import __version__
 from effad_lib.cli import benchmarks, data, deployment, designs, detectors, notebooks, teachers
 from effad_lib.cli.options import Parser, mute, say
+from effad_lib.memory import ran_out
 
 # A command imports what it needs when it runs, so that `effad --help` does not wait for torch.
 
@@ -60,6 +62,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 after an error of the user's, or 130 after Ctrl-C."""
+    with contextlib.suppress(AttributeError):  # a notebook's output takes any letter
+        if sys.stdout.errors == "strict":  # what its encoding lacks, such as "×" or a name's other bytes, is escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(message)
         try:
@@ -72,9 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
         except BrokenPipeError:
             mute()
             return 0
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
             # Our own errors are written for people; those from deeper are faults and keep their traceback.
-            if not isinstance(error, OSError) and not type(error).__module__.startswith("effad_lib"):
+            if isinstance(error, OSError) or type(error).__module__.startswith("effad_lib"):
+                say(error)
+            elif ran_out(error):
+                say("out of memory: ask for less at a time, smaller images, or give it more.")
+            else:
                 raise
-            say(error)
             return 2

@@ -19,9 +19,11 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
 def bench(options: argparse.Namespace) -> int:
     """Time training steps and detection beside the paper's algorithms written down literally, in one run."""
     from effad_lib import benchmark
-    from effad_lib.runs import write_text
+    from effad_lib.runs import check_writable, write_text
 
     settings = benchmark.BenchmarkSettings.from_mapping(given(options, settings_options(benchmark.BenchmarkSettings)))
+    if options.out:
+        check_writable(Path(options.out).expanduser() / "training.csv")
     for name, table in benchmark.tables(settings):
         print(f"{name}; {table.attrs['where']}")
         print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"), end="\n\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from effad_lib.cli.options import Option, add_data_sets, add_options, as_split, given, settings_options
+from effad_lib.runs import printable
 
 
 def designs_options(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,6 @@ def designs(options: argparse.Namespace) -> int:
     splits = [as_split(name, settings.seed) for name in options.on]
     sizes = {"image_size": tuple(options.probe_size), "bank": options.bank}
     table = explore(options.names, settings, splits, options.out, views=options.views, **sizes)
-    print(table.drop(columns="layers").round(3).to_string(index=False, na_rep="–"))
+    print(printable(table.drop(columns="layers").round(3).to_string(index=False, na_rep="–"), keep="\n"))
     print(options.out)
     return 0

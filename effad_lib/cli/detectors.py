@@ -225,12 +225,13 @@ def threshold(options: argparse.Namespace) -> int:
     from effad_lib import calibration
     from effad_lib.detector import EfficientAD
     from effad_lib.images import find_images, load_images
-    from effad_lib.runs import Run, here
+    from effad_lib.runs import Run, check_writable, here
     from effad_lib.settings import SettingsError, pick_device
     from effad_lib.tiling import check_overlap
     from effad_lib.training import TrainingSettings
 
     path = here(options.model)
+    out = here(options.out) if options.out else path
     settings = TrainingSettings.from_mapping(given(options, _decision_options()))
     rate, confidence = settings.false_alarm_rate, settings.confidence
     detector, overlap = EfficientAD.load(path, pick_device(options.device)), options.tile_overlap
@@ -238,6 +239,7 @@ def threshold(options: argparse.Namespace) -> int:
         if not options.normals:
             raise SettingsError("--tile-overlap: name the good images that are to be cut into tiles, --normals FOLDER.")
         check_overlap(detector, overlap)
+    check_writable(out)
     if options.normals:
         folder = here(options.normals)
         files = find_images(folder)
@@ -253,12 +255,13 @@ def threshold(options: argparse.Namespace) -> int:
     kept = f"; at most {rate:.3g} with confidence {confidence:g}" if rate else ""
     tiled = ", in tiles that overlap by {tile_overlap} pixels".format_map(chosen) if "tile_overlap" in chosen else ""
     above = (chosen["normals"] + 1 - chosen["rank"]) / (chosen["normals"] + 1)
-    print(f"normal images    {chosen['normals']}, {chosen.get('source', 'held out from training')}{tiled}")
+    source = printable(chosen.get("source", "held out from training"))
+    print(f"normal images    {chosen['normals']}, {source}{tiled}")
     print(f"rank             {chosen['rank']} of {chosen['normals']}")
     print(f"false alarms     a share of {above:.3g} expected{kept}")
     print(f"image threshold  {detector.threshold:.4g}")
     print(f"pixel threshold  {detector.pixel_threshold:.4g}")
-    saved = detector.save(here(options.out) if options.out else path)
+    saved = detector.save(out)
     print(saved)
     run = Run(saved.resolve().parent)
     if run.done and run.model == saved.resolve() and not tiled:

@@ -14,6 +14,7 @@ from effad_lib.cli.options import (
     given,
     settings_options,
 )
+from effad_lib.runs import printable
 
 
 def distill_options(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +61,7 @@ def probe(options: argparse.Namespace) -> int:
     networks = {name: network.to(device) for name, network in networks.items()}
     splits = [as_split(name, options.seed) for name in options.on]
     table = probing.compare(networks, splits, tuple(options.image_size), bank=options.bank, seed=options.seed)
-    print(table.round(3).to_string(na_rep="–"))
+    print(printable(table.round(3).to_string(na_rep="–"), keep="\n"))
     if options.record:
         settings = {name: getattr(options, name) for name in ("image_size", "bank", "backbone", "seed")}
         images = {split.name: {"train": len(split.train), "test": len(split.test)} for split in splits}

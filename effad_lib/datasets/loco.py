@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import MappingProxyType
 from effad_lib.datasets.benchmarks import Benchmark
 from effad_lib.datasets.folders import Layout
 from effad_lib.datasets.split import DatasetError, Saturation, Split, register
+from effad_lib.documents import DocumentError, read_json
 
 SATURATION_FILE = "defects_config.json"
 
@@ -48,10 +48,10 @@ def _read_saturation(path: Path) -> dict[int, Saturation]:
     """The saturation of each kind of region by its pixel value."""
     remedy = "Unpack it anew from the archive of MVTec LOCO."
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DatasetError(f"{path}: cannot be read ({error}). {remedy}") from error
-    if not isinstance(entries, list) or not entries:
+        entries = read_json(path, list)
+    except DocumentError as error:
+        raise DatasetError(f"{error} {remedy}") from error
+    if not entries:
         raise DatasetError(f"{path}: takes a list of one or more defects. {remedy}")
     found: dict[int, Saturation] = {}
     for number, entry in enumerate(entries, start=1):

@@ -114,6 +114,7 @@ class Distiller:
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []  # the mean of each LOG_EVERY steps
         self.recent: list[Tensor] = []  # the losses of the steps since then
+        self.drawn: list[list] = []  # what the steps of this process since then looked at
         self.unreadable: set[int] = set()  # photographs that no process could read
         shape = (1, settings.channels, 1, 1)
         self.mean, self.std = torch.zeros(shape, device=device), torch.ones(shape, device=device)
@@ -156,7 +157,8 @@ class Distiller:
                 initial=self.step, total=settings.steps, desc=f"distilling {settings.size}", disable=not first
             ) as bar,
         ):
-            for large, drawn in self._batches():
+            for large, drawn, generator in self._batches():
+                self.drawn.append(drawn)
                 waited += time.monotonic() - asked
                 self.recent.append(self.train_step(large))
                 self.step += 1
@@ -176,26 +178,25 @@ class Distiller:
                 if stop or last:
                     self.unreadable = self.processes.union(self.unreadable)
                 if first and (stop or due or last):
-                    self._save(drawn)
+                    self._save(generator)
                     saved = time.monotonic()
                 if stop and not last:
                     self.processes.wait()  # for the first one to save: torchrun ends all as soon as one has ended
                     raise KeyboardInterrupt(f"stopped after step {self.step}; started again, the run continues there")
                 asked = time.monotonic()
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return this process's views of each remaining step, with the generator's state after drawing them.
+    def _batches(self) -> Iterator[tuple[Tensor, list, Tensor]]:
+        """Return this process's views of each remaining step, with what was drawn and the generator's state after it.
 
         On an accelerator the next batches are read while it works on this one.
         """
 
         def draw() -> tuple[list, Tensor]:
-            drawn = self.views.drawn(self.settings.batch_size, self.generator)
-            return drawn[self.processes.share], self.generator.get_state()
+            return self.views.drawn(self.settings.batch_size, self.generator), self.generator.get_state()
 
-        def make(drawn: tuple[list, Tensor]) -> tuple[Tensor, Tensor]:
-            large = self.views.large(drawn[0])
-            return large.pin_memory() if self.device.type == "cuda" else large, drawn[1]
+        def make(drawn: tuple[list, Tensor]) -> tuple[Tensor, list, Tensor]:
+            large = self.views.large(drawn[0][self.processes.share])
+            return large.pin_memory() if self.device.type == "cuda" else large, *drawn
 
         return prefetched(draw, make, self.settings.steps - self.step, ahead=0 if self.device.type == "cpu" else 3)
 
@@ -220,28 +221,31 @@ class Distiller:
         recent = self.processes.mean(torch.stack(self.recent))
         self._check_losses(recent.tolist())
         self.recent.clear()
+        self.drawn.clear()
         self.losses.append(float(recent.mean()))
         return self.losses[-1]
 
-    def _save(self, drawn: Tensor) -> None:
+    def _save(self, generator: Tensor) -> None:
         """Save the checkpoint `last`, or raise `RunError` if its state is not finite: the one before stays."""
-        state = self.state(drawn)
+        state = self.state(generator)
         self._check_losses(state["recent"])
         if broken(state):
             raise self._not_finite("a weight or a number of the optimiser's", f"after step {self.step}")
         self.run.save_checkpoint("last", state)
 
     def _check_losses(self, recent: list[float]) -> None:
-        """Raise `RunError` that names the first of the last steps whose loss is not finite."""
-        for step, loss in enumerate(recent, self.step - len(recent) + 1):
+        """Raise `RunError` that names the first of the last steps whose loss is not finite, and its photographs."""
+        before = len(recent) - len(self.drawn)  # from a checkpoint, which holds finite ones alone
+        for place, loss in enumerate(recent):
             if not math.isfinite(loss):
-                raise self._not_finite("the loss", f"at step {step}")
+                step, images = self.step - len(recent) + place + 1, self.views.names(self.drawn[place - before])
+                raise self._not_finite("the loss", f"at step {step}, on {', '.join(images)}")
 
     def _not_finite(self, what: str, where: str) -> RunError:
         return not_finite(self.run, what, where, self.settings.learning_rate)
 
-    def state(self, drawn: Tensor) -> dict[str, Any]:
-        """Return everything needed to continue; `drawn` is the generator's state after the last step's views."""
+    def state(self, generator: Tensor) -> dict[str, Any]:
+        """Return everything needed to continue; `generator` is its state after the last step's views."""
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -253,7 +257,7 @@ class Distiller:
             "recent": [float(value) for value in self.recent],
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "scaler": self.scaler.state_dict(),
-            "generator": drawn,
+            "generator": generator,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:

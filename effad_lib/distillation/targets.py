@@ -63,6 +63,10 @@ class Views:
             crop_scale=tuple(self.settings.crop_scale) or None,
         )
 
+    def names(self, drawn: list) -> list[str]:
+        """Return what the views that were `drawn` are of, as an error names them."""
+        return [str(self.natural.paths[index]) for index, _ in drawn]
+
     def draw(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the `pair` of `count` random views."""
         return self.pair(self.large(self.drawn(count, generator)).to(device))
@@ -102,6 +106,9 @@ class RecordedViews(Views):
 
     def drawn(self, count: int, generator: torch.Generator) -> list[int]:
         return torch.randint(len(self.images), (count,), generator=generator).tolist()
+
+    def names(self, drawn: list[int]) -> list[str]:
+        return [f"view {number}" for number in drawn]
 
     def large(self, drawn: list[int]) -> Tensor:
         return torch.tensor(drawn)

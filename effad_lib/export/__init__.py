@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from effad_lib.detector import EfficientAD
-from effad_lib.engines import load_exported
+from effad_lib.engines import MOST_AT_ONCE, load_exported
 from effad_lib.export.files import save, to_openvino
 from effad_lib.export.graph import Deployed, in_half, resize, to_onnx
 from effad_lib.export.normals import find_normals, own_thresholds, read_normals, spread, to_calibrate_on
@@ -23,6 +23,7 @@ from effad_lib.export.quantisation import quantise
 from effad_lib.images import Size, check_size, load_images
 from effad_lib.runs import Run, check_writable
 from effad_lib.settings import Settings, SettingsError
+from effad_lib.tiling import check_overlap
 
 __all__ = [
     "LEAST_OPSET",
@@ -73,7 +74,9 @@ class ExportSettings(Settings):
     def check(self) -> None:
         self.require(self.to in SUFFIXES, "to", "'onnx' or 'openvino'")
         self.require(self.precision in TOLERANCES, "precision", f"one of {', '.join(TOLERANCES)}")
-        self.require(self.batch >= 0, "batch", "a number of images, or 0 for any")
+        self.require(
+            0 <= self.batch <= MOST_AT_ONCE, "batch", f"a number of images, or 0 for any; {MOST_AT_ONCE} at most"
+        )
         self.require(len(self.image_size) in (0, 2), "image_size", "height and width, or [] for the model's")
         if self.image_size:
             check_size(self.image_size)
@@ -123,6 +126,8 @@ def export(
     detector = EfficientAD.load(path)
     if detector.threshold is None:
         raise SettingsError(f"{path} has no threshold: calibrate it on held-out good images first.")
+    if settings.precision == "int8" and "tile_overlap" in detector.calibration:  # by which it gets its own thresholds
+        check_overlap(detector, detector.calibration["tile_overlap"])
     check_writable(target)
     files = find_normals(Path(source), normals)
     input_size, levels = settings.input_size(detector), detector.levels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from effad_lib.engines import check_threads
 from effad_lib.settings import Settings
 
 
@@ -27,8 +28,8 @@ class SweepSettings(Settings):
     gpu_source: str = ""  # where that figure is from, such as a paper
 
     def check(self) -> None:
-        for name in ("workers", "threads"):
-            self.require(getattr(self, name) >= 0, name, "a whole number of at least 0")
+        check_threads(self.threads)
+        self.require(self.workers >= 0, "workers", "a whole number of at least 0")
         self.require(0 <= self.gpu_minutes < math.inf, "gpu_minutes", "minutes, or 0 if they are not known")
         sourced = not self.gpu_minutes or self.gpu_source
         self.require(bool(sourced), "gpu_source", "the source of gpu_minutes: a figure without one says nothing")

@@ -11,7 +11,7 @@ import numpy as np
 
 from effad_lib.images import SMALLEST, check_size, find_images, image_size, read_image
 from effad_lib.runs import resolve
-from effad_lib.settings import Settings
+from effad_lib.settings import Settings, SettingsError
 from effad_lib.synthesis.rendering import (
     SyntheticImage,
     check_name,
@@ -27,6 +27,9 @@ from effad_lib.synthesis.scene import SynthesisError
 
 FEWEST_GOOD = 13
 """Good images that a detector needs: ten to train on and three held out."""
+
+MOST_IMAGES = 200_000
+"""Images of a data set: the manifest of more is longer than a file in JSON may be."""
 
 DRAWING = 2
 """Raised with every change of what is drawn for a seed: data sets of another number are not taken for the same."""
@@ -80,6 +83,12 @@ class SynthesisSettings(Settings):
             self.require(getattr(self, name) >= 0, name, "a whole number of at least 0")
         self.require(len(set(self.defects)) == len(self.defects), "defects", "each name once")
         self.require(len(self.severity) == 2, "severity", "two numbers, the lowest and the highest")
+        count = self.train + self.test_good + self.test_per_defect * len(self.defects or defect_names(self.product))
+        if count > MOST_IMAGES:
+            raise SettingsError(
+                f"{count:,} images: a data set takes {MOST_IMAGES:,} at most. Make train = {self.train}, test_good = "
+                f"{self.test_good} or test_per_defect = {self.test_per_defect} smaller."
+            )
         for level in self.severity:
             check_severity(level)
         self.require(self.severity[0] <= self.severity[1], "severity", "the lowest first")

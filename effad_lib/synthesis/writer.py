@@ -9,7 +9,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -145,9 +145,15 @@ def _all(
     with warnings.catch_warnings():
         # Python 3.12 warns of forks beside threads. These children draw with NumPy, SciPy and Pillow and nothing else.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-        with _pool(workers) as pool:
-            made = pool.map(make, plan, chunksize=4) if pool else map(make, plan)
-            return list(progress(made, total=len(plan), desc=description, unit="image", leave=False))
+        try:
+            with _pool(workers) as pool:
+                made = pool.map(make, plan, chunksize=4) if pool else map(make, plan)
+                return list(progress(made, total=len(plan), desc=description, unit="image", leave=False))
+        except BrokenExecutor as error:
+            raise SynthesisError(
+                f"{description}: one of {workers} drawing processes was ended from outside, as the system does where "
+                f"memory is short. Start again, with fewer workers."
+            ) from error
 
 
 @contextmanager

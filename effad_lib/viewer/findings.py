@@ -256,7 +256,7 @@ def of_maps(
         names=[from_project(sample.image) for sample in samples],
         scores=scores,
         has_branches=False,
-        scale=None if detector else (float(lowest.min()), max(high, float(lowest.min()) + 1e-6)),
+        scale=None if detector else plots.with_width(float(lowest.min()), high),
         detector=detector,
         notes=maps / "notes.csv",
     )

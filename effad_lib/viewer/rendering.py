@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image, ImageDraw
 
 from effad_lib.images import Size
-from effad_lib.plots import OUTLINE, PREDICTED, Scale
+from effad_lib.plots import OUTLINE, PREDICTED, Scale, with_width
 from effad_lib.viewer.findings import Picture
 from effad_lib.viewer.state import State, region
 
@@ -111,8 +111,7 @@ class Layers:
         if state.scaling == "run":
             return scale
         heat = self.picture.maps[state.map]
-        low, high = float(heat.min()), float(heat.max())
-        return low, high if high > low else low + 1e-6
+        return with_width(float(heat.min()), float(heat.max()))
 
 
 def panel(name: str, layers: Layers, state: State, scale: Scale) -> Image.Image:
