@@ -87,18 +87,20 @@ def from_project(path: str | Path) -> str:
 def write_bytes(path: str | Path, data: bytes | memoryview) -> Path:
     """Write `data` to a temporary neighbour of `path`, then rename it: a reader sees the old file or the whole new one.
 
-    On failure (a full disk, Ctrl-C) the temporary file is removed and the old file stays as it was. What torch and
-    safetensors save is made in memory first, as their own writers report a full disk in ways of their own.
+    What lies under the neighbour's name goes first and is never written through: in a folder that was sent it may be a
+    link. The mode is what the user's umask leaves of a new file's. On failure (a full disk, Ctrl-C) the temporary file
+    is removed and the old file stays as it was. What torch and safetensors save is made in memory first, as their own
+    writers report a full disk in ways of their own.
     """
     path = Path(path)
     partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial.chmod(0o644)
         partial.replace(path)
     except OSError as error:
         raise unwritable(path, error) from error

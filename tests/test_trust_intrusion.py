@@ -24,7 +24,7 @@ from effad_lib.detector import EfficientAD
 from effad_lib.evaluation import data_of, evaluate
 from effad_lib.execution import process
 from effad_lib.execution.lock import Lock
-from effad_lib.runs import PROJECT, Run
+from effad_lib.runs import PROJECT, Run, partial_of
 from effad_lib.sweeps import load_sweep
 from effad_lib.viewer import of_run
 
@@ -150,6 +150,21 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path, name):
         with pytest.raises(OSError, match=name):
             process.start({"folder": str(tmp_path)}, {})
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "maps/00000.npz", "report.html", "figures/scores.png"])
+def test_a_link_under_the_name_of_a_half_written_file_is_not_followed(evaluated_run, tmp_path, name):
+    """Whoever sends a run can guess the number of the process that will write into it."""
+    run, mine = tmp_path / "run", tmp_path / "mine.txt"
+    shutil.copytree(evaluated_run, run)
+    mine.write_text("years of work")
+    mine.chmod(0o600)
+    half = partial_of(run / name)
+    half.parent.mkdir(exist_ok=True)
+    half.symlink_to(mine)
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 0
+    assert (mine.read_text(), mine.stat().st_mode & 0o777) == ("years of work", 0o600)
+    assert (run / name).is_file() and not (run / name).is_symlink() and not half.is_symlink()
 
 
 def test_a_run_that_was_sent_renders_nothing(evaluated_run, tmp_path, capsys):
