@@ -240,14 +240,14 @@ def threshold(options: argparse.Namespace) -> int:
         check_overlap(detector, overlap)
     if options.normals:
         folder = here(options.normals)
-        files = find_images(folder)
+        files, source = find_images(folder), calibration.source_of(folder)
         calibration.rank(len(files), rate, confidence)  # refused before any image is read
         if overlap is None:
             how = {"levels": detector.levels, "description": "reading normal images"}
             images = load_images(files, detector.image_size, **how)
-            calibration.measure_normals(detector, images.split(8), source=folder.name, names=files)
+            calibration.measure_normals(detector, images.split(8), source=source, names=files)
         else:
-            calibration.measure_tiled_normals(detector, files, overlap, source=folder.name)
+            calibration.measure_tiled_normals(detector, files, overlap, source=source)
     calibration.choose_thresholds(detector, rate, confidence)
     chosen = detector.calibration
     kept = f"; at most {rate:.3g} with confidence {confidence:g}" if rate else ""

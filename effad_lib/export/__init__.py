@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from effad_lib.calibration import source_of
 from effad_lib.detector import EfficientAD
 from effad_lib.engines import load_exported
 from effad_lib.export.files import save, to_openvino
@@ -128,6 +129,7 @@ def export(
     input_size, levels = settings.input_size(detector), detector.levels
     compared = spread(files, settings.compare)
     seen = to_calibrate_on(files, compared) if settings.precision == "int8" else []
+    named = source_of(normals) if seen and normals else ""
     size = input_size or detector.image_size
     images = load_images(seen, size, levels=levels, description="reading good images").numpy() if seen else None
     good = read_normals(compared, input_size, levels)
@@ -149,7 +151,6 @@ def export(
         exported = load_exported(save(model, card, Path(folder) / target.name), "cpu")
         if seen:
             made |= {"calibrated_on": len(seen), "of_them_compared": len(set(seen) & set(compared))}
-            named = Path(normals).resolve().name if normals else ""
             made["thresholds_from"] = own_thresholds(exported, detector, files, named)
         found = compare(detector, exported, good, defective, limits)
     if found.faults and not force:
