@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import signal
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,6 +171,43 @@ def test_a_broken_off_writing_leaves_what_was_there(tmp_path, monkeypatch):
     assert files(tmp_path / "metal") == before and [path.name for path in tmp_path.iterdir()] == ["metal"]
 
 
+def replaced_until_killed(wanted):
+    """Begin to replace a data set in a process that is killed when it has moved the old one away."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        if not (child := os.fork()):
+            rename = Path.rename
+            Path.rename = lambda path, target: (rename(path, target), os.kill(os.getpid(), signal.SIGKILL))
+            try:
+                synthesize(wanted)
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("then", ["read", "keep", "ask", "replace"])
+def test_a_data_set_that_was_being_replaced_when_all_died_comes_back(tmp_path, then):
+    wanted = settings(tmp_path, "gasket", workers=1, **FEW | {"train": 14})
+    before = files(synthesize(wanted))
+    other = replace(wanted, seed=1, overwrite=True)
+    replaced_until_killed(other)
+    assert not (tmp_path / "gasket").exists()
+    if then == "read":
+        split = datasets.load_dataset("synthetic", root=tmp_path, category="gasket")
+        assert len(split.train) + len(split.validation) == 14
+    elif then == "keep":
+        synthesize(wanted)
+    elif then == "ask":
+        with pytest.raises(SynthesisError, match="holds another data set"):
+            synthesize(replace(other, overwrite=False))
+    else:
+        synthesize(other)
+        assert json.loads((tmp_path / "gasket" / "manifest.json").read_text())["settings"]["seed"] == 1
+        return
+    assert files(tmp_path / "gasket") == before
+
+
 # --- photographs ----------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +232,9 @@ def test_what_killed_processes_left_half_written_goes_after_an_hour(tmp_path):
             os.utime(path, (0, 0))
     synthesize(settings(tmp_path, **FEW))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".metal.2.partial", ".wood.3.partial", "metal"]
+    (tmp_path / ".wood.3.partial").rename(tmp_path / ".metal.old.4.partial")  # moved away by who was killed then
+    synthesize(settings(tmp_path, seed=1, overwrite=True, **FEW))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".metal.2.partial", "metal"]
 
 
 def test_photographs_are_damaged_exactly_where_the_mask_says():

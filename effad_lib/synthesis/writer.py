@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -42,6 +42,7 @@ def synthesize(settings: SynthesisSettings) -> Path:
     the differences; a folder with anything else in it is never replaced.
     """
     folder, identity = settings.folder, settings.identity
+    put_back(folder)
     manifest = _manifest(folder)
     if manifest:
         there = manifest["settings"]
@@ -62,6 +63,18 @@ def synthesize(settings: SynthesisSettings) -> Path:
         records = _all(partial(_write, work, settings), settings.plan(), settings, f"rendering {folder.name}")
         write_json(work / MANIFEST, {"settings": identity, "mask_tolerance": TOLERANCE, "images": records})
     return folder
+
+
+def put_back(folder: Path) -> None:
+    """Bring back the data set of a folder if a process that was to replace it was killed when it had moved it away."""
+    for old in [] if folder.exists() else folder.parent.glob(f".{_old(folder).name}.*.partial"):
+        with suppress(OSError):  # another process has done so
+            old.rename(folder)
+        return
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.old")
 
 
 def _manifest(folder: Path) -> dict | None:
@@ -214,8 +227,7 @@ def _save(path: Path, pixels: np.ndarray) -> None:
 @contextmanager
 def _put_in_place(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when all went well, and is deleted if not."""
-    work = partial_of(folder)
-    old = work.with_suffix(".old")
+    work, old = partial_of(folder), partial_of(_old(folder))
     try:
         remove_forsaken(folder.parent, folder.name)
         shutil.rmtree(work, ignore_errors=True)
@@ -223,6 +235,7 @@ def _put_in_place(folder: Path) -> Iterator[Path]:
         yield work
         if manifest := _manifest(folder):  # looked at again: somebody may have put something there meanwhile
             _check_own(folder, manifest)
+            os.utime(folder)  # not forsaken yet
             folder.rename(old)
         elif folder.exists():
             folder.rmdir()
