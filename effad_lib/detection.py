@@ -25,6 +25,7 @@ from effad_lib.runs import (
     check_writable,
     finish_step_on_interrupt,
     printable,
+    within,
     write_bytes,
     write_csv,
 )
@@ -310,10 +311,10 @@ def resize_map(heat: np.ndarray, size: Size) -> np.ndarray:
 
 def inside(out: Path, kind: str, name: str) -> Path:
     """Return the path of a result; `ImageError` if a link in `out` would lead it elsewhere."""
-    path = out / kind / name
-    if not path.parent.resolve().is_relative_to(out.resolve()):
-        raise ImageError(f"{path} would lie outside {out}. Remove the link in it, or choose another folder.")
-    return path
+    try:
+        return within(out, f"{kind}/{name}")
+    except RunError as error:
+        raise ImageError(str(error)) from error
 
 
 def write_table(rows: list[tuple], out: Path) -> pd.DataFrame:

@@ -202,6 +202,21 @@ def check_links(folder: Path) -> None:
                 raise RunError(f"{entry.path} is a link that leads out of its folder. Put the files themselves there.")
 
 
+def check_link(path: str | Path) -> None:
+    """Raise `RunError` for a file that is a link to another one, in whose place, or beside it, nothing is written."""
+    path = Path(path).expanduser()
+    if path.is_symlink() and not path.is_dir():
+        raise RunError(f"{path} is a link to {here(path)}. Name that file itself, or where to write: --out FILE.")
+
+
+def within(folder: Path, name: str) -> Path:
+    """Return the path of a file to be written below a folder. Raises `RunError` if a link would lead it elsewhere."""
+    path = folder / name
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise RunError(f"{path} would lie outside {folder}. Remove the link in it, or choose another folder.")
+    return path
+
+
 # --- the run folder -------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import yaml
 from trust import command_refused, files, refused
@@ -26,7 +27,7 @@ from effad_lib.execution import process
 from effad_lib.execution.lock import Lock
 from effad_lib.runs import PROJECT, Run, partial_of
 from effad_lib.sweeps import load_sweep
-from effad_lib.viewer import of_run
+from effad_lib.viewer import of_run, view_images, view_maps
 
 CODE = """
 from pathlib import Path
@@ -130,6 +131,49 @@ def test_a_run_whose_folder_is_a_link_writes_and_deletes_nothing_there(evaluated
     (run / name).symlink_to(mine)
     command_refused(capsys, [command, run], rf"{name} is a link that leads out of its folder")
     assert files(mine) == {"00009.npz": b"years of work"}
+
+
+@pytest.fixture
+def sent(model, picture, tmp_path):
+    """A folder that was sent, with a model, images and maps in it, and beside it one of the user's own."""
+    folder, mine = tmp_path / "sent", tmp_path / "mine"
+    for index in range(12):
+        picture(folder / "images" / f"{index}.png", seed=index)
+        np.save(folder / f"{index}.npy", np.eye(80, 96, dtype=np.float32))
+    for place in (folder, mine):
+        place.mkdir(exist_ok=True)
+        shutil.copy(model, place / "model.safetensors")
+    return folder
+
+
+def test_a_model_that_was_sent_is_exported_beside_it_alone(sent, capsys):
+    (sent / "export").symlink_to(sent.parent / "mine")
+    before = files(sent.parent / "mine")
+    command = ["export", sent / "model.safetensors", "--normals", sent / "images", "--compare", 2]
+    command_refused(capsys, command, r"sent/export/model_float32\.onnx would lie outside .*sent\. Remove the link")
+    assert files(sent.parent / "mine") == before
+
+
+@pytest.mark.parametrize("command", ["threshold", "export"])
+def test_a_model_that_is_a_link_is_not_written_for(sent, capsys, command):
+    """Neither in its place, which is the user's own model, nor beside that."""
+    model, before = sent / "model.safetensors", files(sent.parent / "mine")
+    model.unlink()
+    model.symlink_to(sent.parent / "mine" / "model.safetensors")
+    command = [command, model, "--normals", sent / "images"]
+    command += ["--compare", 2] if command[0] == "export" else []
+    command_refused(capsys, command, f"{model} is a link to {sent.parent}/mine/model.safetensors. Name that file")
+    assert main([str(part) for part in [*command, "--out", sent / "new.onnx"]]) == 0
+    assert files(sent.parent / "mine") == before and (sent / "new.onnx").is_file()
+
+
+def test_views_are_saved_beside_the_notes_alone(sent):
+    (sent / "views").symlink_to(sent.parent / "mine")
+    before = files(sent.parent / "mine")
+    for viewer in (view_images(sent / "model.safetensors", sent / "images"), view_maps(sent, sent / "images")):
+        refused(viewer.save, "sent/views/.*png would lie outside .*sent. Remove the link")
+        viewer.controls["save"].click()
+    assert files(sent.parent / "mine") == before
 
 
 def test_maps_that_are_not_of_an_evaluation_stay(evaluated_run, tmp_path):

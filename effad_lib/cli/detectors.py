@@ -225,12 +225,14 @@ def threshold(options: argparse.Namespace) -> int:
     from effad_lib import calibration
     from effad_lib.detector import EfficientAD
     from effad_lib.images import find_images, load_images
-    from effad_lib.runs import Run, here
+    from effad_lib.runs import Run, check_link, here
     from effad_lib.settings import SettingsError, pick_device
     from effad_lib.tiling import check_overlap
     from effad_lib.training import TrainingSettings
 
     path = here(options.model)
+    if not options.out:
+        check_link(options.model)
     settings = TrainingSettings.from_mapping(given(options, _decision_options()))
     rate, confidence = settings.false_alarm_rate, settings.confidence
     detector, overlap = EfficientAD.load(path, pick_device(options.device)), options.tile_overlap

@@ -22,7 +22,7 @@ from effad_lib.export.normals import find_normals, own_thresholds, read_normals,
 from effad_lib.export.parity import TOLERANCES, Parity, compare, tolerance_of, with_defects
 from effad_lib.export.quantisation import quantise
 from effad_lib.images import Size, check_size, load_images
-from effad_lib.runs import Run, check_writable
+from effad_lib.runs import Run, check_writable, within
 from effad_lib.settings import Settings, SettingsError
 
 __all__ = [
@@ -118,7 +118,7 @@ def export(
     _check_packages(settings)
     _check_opset(settings)
     path = _model_of(Path(source))
-    target = Path(out) if out else path.parent / "export" / settings.file_name
+    target = Path(out) if out else within(path.parent, f"export/{settings.file_name}")
     if target.suffix != SUFFIXES[settings.to]:
         raise SettingsError(f"{target}: a file for {settings.to} ends in {SUFFIXES[settings.to]}.")
     detector = EfficientAD.load(path)
