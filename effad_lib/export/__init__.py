@@ -16,7 +16,7 @@ import numpy as np
 from effad_lib.calibration import source_of
 from effad_lib.detector import EfficientAD
 from effad_lib.engines import load_exported
-from effad_lib.export.files import save, to_openvino
+from effad_lib.export.files import check_place, save, to_openvino
 from effad_lib.export.graph import Deployed, in_half, resize, to_onnx
 from effad_lib.export.normals import find_normals, own_thresholds, read_normals, spread, to_calibrate_on
 from effad_lib.export.parity import TOLERANCES, Parity, compare, tolerance_of, with_defects
@@ -121,6 +121,7 @@ def export(
     target = Path(out) if out else within(path.parent, f"export/{settings.file_name}")
     if target.suffix != SUFFIXES[settings.to]:
         raise SettingsError(f"{target}: a file for {settings.to} ends in {SUFFIXES[settings.to]}.")
+    check_place(target)
     detector = EfficientAD.load(path)
     if detector.threshold is None:
         raise SettingsError(f"{path} has no threshold: calibrate it on held-out good images first.")
