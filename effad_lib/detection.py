@@ -219,8 +219,11 @@ def detect_one(
             raise
         size = "{}×{}".format(*image.shape[1:])
         raise ImageError(f"{path}: not enough memory for {size} pixels. Cut it into several images.") from error
-    if not np.isfinite(heat).all():
-        raise SettingsError(f"the map of {path} is not finite: this model's training has diverged. Train it again.")
+    for what, values in (("map", heat), ("score", score)):  # an export computes them apart
+        if not np.isfinite(values).all():
+            raise SettingsError(
+                f"the {what} of {path} is not finite: this model's training has diverged. Train it again."
+            )
     if wanted.save_maps:
         packed = io.BytesIO()
         np.save(packed, heat, allow_pickle=False)
