@@ -305,6 +305,50 @@ def test_a_data_set_of_photographs(tmp_path, photographs):
     assert draw(wanted).images.shape == (15 + 3 * len(defects), 3, 80, 96)
 
 
+def even_photographs(folder, value):
+    folder.mkdir()
+    for index in range(15):
+        Image.new("RGB", (64, 64 + index), (value,) * 3).save(folder / f"{index:02}.png")
+    return {"photographs": str(folder), "data_root": str(folder.parent), "test_good": 2}
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_data_set_of_even_photographs_has_no_empty_mask(tmp_path, value):
+    """A piece of black in another place is no defect, and one of white shows in some places only."""
+    synthesize(SynthesisSettings(**even_photographs(tmp_path / "even", value), test_per_defect=2))
+    split = datasets.load_dataset("synthetic", root=tmp_path, category="photographs")
+    datasets.verify(split)
+    assert ("cut_paste" in {sample.defect for sample in split.test}) == (value > 0)
+
+
+def test_a_defect_that_does_not_show_is_drawn_again(tmp_path):
+    given = even_photographs(tmp_path / "even", 255) | {"severity": [0.4, 0.4], "defects": ["cut_paste"]}
+    wanted = SynthesisSettings(**given, test_per_defect=8)
+    planned = {shot.path: shot.seed for shot in wanted.plan() if shot.defect != "good"}
+    records = [record for record in draw(wanted).records if record["defect"] != "good"]
+    assert all(record["mask_pixels"] for record in records)
+    again = [record for record in records if record["seed"] != planned[record["path"]]]
+    assert 0 < len(again) < 8
+    for record in again:
+        picture = np.asarray(Image.open(tmp_path / "even" / record["source"]))
+        assert not damage(picture, "cut_paste", seed=planned[record["path"]], severity=0.4).mask.any()
+        assert damage(picture, "cut_paste", seed=record["seed"], severity=0.4).mask.sum() == record["mask_pixels"]
+    faint = draw(wanted, [shot for shot in wanted.plan() if shot.path == again[0]["path"]])
+    assert faint.records[0]["seed"] == planned[again[0]["path"]] and not faint.masks.any(), "these shots as they are"
+
+
+@pytest.mark.parametrize("photographed", [False, True])
+def test_a_defect_that_never_shows_is_named(tmp_path, photographed):
+    given, on = {"product": "metal", "data_root": str(tmp_path)}, ""
+    if photographed:
+        given, on = even_photographs(tmp_path / "even", 128), r" on \d\d\.png"
+    wanted = SynthesisSettings(**given | FEW | {"defects": ["dent"], "severity": [1e-4, 1e-4]})
+    says = rf"test/dent/000\.png: 'dent' with severity 0\.0001 does not show{on}, in 100 places\. Leave it out"
+    with pytest.raises(SynthesisError, match=says):
+        synthesize(wanted)
+    assert not wanted.folder.exists()
+
+
 def test_other_photographs_in_the_same_folder_are_other_data(tmp_path, photographs):
     folder = tmp_path / "mine"
     shutil.copytree(photographs, folder)
