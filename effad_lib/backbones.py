@@ -255,7 +255,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
-        raise SettingsError(f"weights {path}: not a safetensors file or a plain state dict ({error}).") from error
+        # Not in torch's own words, which advise to execute what a file that was sent holds.
+        kind = type(error).__name__
+        raise SettingsError(
+            f"weights {path}: not a safetensors file or a plain state dict ({kind}). Save weights alone."
+        ) from error
     if not isinstance(state, dict):
         raise SettingsError(f"weights {path}: not a plain state dict but {type(state).__name__}. Save weights alone.")
     for key, value in state.items():

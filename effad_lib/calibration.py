@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from effad_lib.detector import EfficientAD
+from effad_lib.documents import is_text
 from effad_lib.engines import Inspection, Inspector
 from effad_lib.images import ImageError, read_image, to_float
 from effad_lib.memory import kept_memory
@@ -84,6 +86,14 @@ def calibrate(
     detector.quantiles.copy_(torch.from_numpy(quantiles))
     _store(detector, (detector.finished(batch, images.shape[2:]).as_arrays() for batch in maps), (), {})
     choose_thresholds(detector, false_alarm_rate, confidence)
+
+
+def source_of(folder: str | Path) -> str:
+    """Return the name of a folder of normal images as a `source`. Raises `ImageError` for one that is not UTF-8."""
+    folder = Path(folder).resolve()
+    if not is_text(folder.name):
+        raise ImageError(f"{folder.parent}: the name {os.fsencode(folder.name)} is not UTF-8. Rename the folder.")
+    return folder.name
 
 
 def measure_normals(

@@ -26,6 +26,7 @@ from effad_lib.runs import (
     check_writable,
     finish_step_on_interrupt,
     printable,
+    within,
     write_bytes,
     write_csv,
 )
@@ -221,8 +222,11 @@ def detect_one(
             raise
         size = "{}×{}".format(*image.shape[1:])
         raise ImageError(f"{path}: not enough memory for {size} pixels. Cut it into several images.") from error
-    if not np.isfinite(heat).all():
-        raise SettingsError(f"the map of {path} is not finite: this model's training has diverged. Train it again.")
+    for what, values in (("map", heat), ("score", score)):  # an export computes them apart
+        if not np.isfinite(values).all():
+            raise SettingsError(
+                f"the {what} of {path} is not finite: this model's training has diverged. Train it again."
+            )
     if wanted.save_maps:
         packed = io.BytesIO()
         np.save(packed, heat, allow_pickle=False)
@@ -313,10 +317,10 @@ def resize_map(heat: np.ndarray, size: Size) -> np.ndarray:
 
 def inside(out: Path, kind: str, name: str) -> Path:
     """Return the path of a result; `ImageError` if a link in `out` would lead it elsewhere."""
-    path = out / kind / name
-    if not path.parent.resolve().is_relative_to(out.resolve()):
-        raise ImageError(f"{path} would lie outside {out}. Remove the link in it, or choose another folder.")
-    return path
+    try:
+        return within(out, f"{kind}/{name}")
+    except RunError as error:
+        raise ImageError(str(error)) from error
 
 
 def write_table(rows: list[tuple], out: Path) -> pd.DataFrame:

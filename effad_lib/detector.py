@@ -125,8 +125,14 @@ class EfficientAD(nn.Module):
         return digest.hexdigest()
 
     def save(self, path: str | Path, card: dict[str, Any] | None = None) -> Path:
-        """Save weights and card in one safetensors file, whole or not at all; the card is readable JSON metadata."""
-        self.card = json.loads(json.dumps(self.card_now(card)))
+        """Save weights and card in one safetensors file, whole or not at all; the card is readable JSON metadata.
+
+        Raises `SettingsError` for a card that `load` would refuse.
+        """
+        try:
+            self.card = read_card(json.dumps(self.card_now(card)))
+        except ValueError as error:
+            raise SettingsError(f"model {path}: it would be saved with what no model takes, {error}.") from error
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         metadata = {"effad_card": json.dumps(self.card)}
         return write_bytes(path, save(weights, metadata))

@@ -268,13 +268,14 @@ def read_mask(path: str | Path, shape: Size | None = None, level: int = 128) -> 
 def read_regions(path: str | Path, shape: Size | None = None) -> np.ndarray:
     """Read the masks of one image with their values: a file, or all below a folder in the order of their names.
 
-    Returns uint8 [R, H, W], palette and colour masks by their luma. Raises `ImageError` if one cannot be read or is not
-    of `shape`, or if they differ in size.
+    Returns uint8 [R, H, W], upright by their EXIF tags, palette and colour masks by their luma. Raises `ImageError` if
+    one cannot be read or is not of `shape`, or if they differ in size.
     """
     files = find_images(path) if Path(path).is_dir() else [path]
     regions = []
     for file in files:
         with _opened(file, "a mask", tuple(mode for mode in MODES if mode != "PA")) as image:
+            ImageOps.exif_transpose(image, in_place=True)  # as its image is
             regions.append(np.asarray(image.convert("L")))
         shape = shape or regions[0].shape
         if regions[-1].shape != tuple(shape):

@@ -87,18 +87,20 @@ def from_project(path: str | Path) -> str:
 def write_bytes(path: str | Path, data: bytes | memoryview) -> Path:
     """Write `data` to a temporary neighbour of `path`, then rename it: a reader sees the old file or the whole new one.
 
-    On failure (a full disk, Ctrl-C) the temporary file is removed and the old file stays as it was. What torch and
-    safetensors save is made in memory first, as their own writers report a full disk in ways of their own.
+    What lies under the neighbour's name goes first and is never written through: in a folder that was sent it may be a
+    link. The mode is what the user's umask leaves of a new file's. On failure (a full disk, Ctrl-C) the temporary file
+    is removed and the old file stays as it was. What torch and safetensors save is made in memory first, as their own
+    writers report a full disk in ways of their own.
     """
     path = Path(path)
     partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial.chmod(0o644)
         partial.replace(path)
     except OSError as error:
         raise unwritable(path, error) from error
@@ -200,6 +202,21 @@ def check_links(folder: Path) -> None:
         for entry in entries:
             if entry.is_symlink() and entry.is_dir() and not resolve(entry.path).is_relative_to(folder.resolve()):
                 raise RunError(f"{entry.path} is a link that leads out of its folder. Put the files themselves there.")
+
+
+def check_link(path: str | Path) -> None:
+    """Raise `RunError` for a file that is a link to another one, in whose place, or beside it, nothing is written."""
+    path = Path(path).expanduser()
+    if path.is_symlink() and not path.is_dir():
+        raise RunError(f"{path} is a link to {here(path)}. Name that file itself, or where to write: --out FILE.")
+
+
+def within(folder: Path, name: str) -> Path:
+    """Return the path of a file to be written below a folder. Raises `RunError` if a link would lead it elsewhere."""
+    path = folder / name
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise RunError(f"{path} would lie outside {folder}. Remove the link in it, or choose another folder.")
+    return path
 
 
 # --- the run folder -------------------------------------------------------------------------------------------------

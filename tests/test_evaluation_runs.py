@@ -1,14 +1,18 @@
 """A run is evaluated on its own data set: refused if it cannot be, metrics written last."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
 from PIL import Image
+from trust import files
 
+from effad_lib import runs
 from effad_lib.datasets import DatasetError
-from effad_lib.evaluation import EvaluationSettings, evaluate_run, finish_run
+from effad_lib.evaluation import EvaluationSettings, evaluate_run, finish_run, result
 from effad_lib.images import read_image
 from effad_lib.runs import Run, RunError
 from effad_lib.settings import SettingsError
@@ -53,13 +57,50 @@ def test_a_run_is_evaluated_on_its_own_split_and_finished_last(finished):
     assert len(pd.read_csv(finished.folder / "scores.csv")) == len(list((finished.folder / "maps").iterdir())) == 3
 
 
-def test_an_evaluation_that_breaks_off_leaves_no_run_that_counts_as_done(finished, monkeypatch):
+@pytest.mark.parametrize("full", ["maps/00000.npz", "maps/00002.npz", "scores.csv", "metrics.json"])
+def test_on_a_full_disk_an_earlier_evaluation_stays(finished, monkeypatch, full):
     detector, _, found = evaluate_run(finished.folder, "cpu")
     finish_run(finished.folder, detector, found)
-    monkeypatch.setattr(type(found), "save", lambda *_: (_ for _ in ()).throw(RunError("the disk is full")))
-    with pytest.raises(RunError, match="disk is full"):
+    before, write = files(finished.folder), runs.write_bytes
+    del before[".lock"]
+
+    def fill(path, data):
+        if Path(path).as_posix().endswith(full):
+            raise RunError(f"cannot write {path}: the disk is full")
+        return write(path, data)
+
+    for module in (runs, result):
+        monkeypatch.setattr(module, "write_bytes", fill)
+    with pytest.raises(RunError, match=f"cannot write {finished.folder}/.*{full}: the disk is full"):
+        finish_run(finished.folder, detector, found)
+    assert {name: data for name, data in files(finished.folder).items() if name != ".lock"} == before
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_killed_between_two_evaluations_a_run_is_not_done(finished, monkeypatch, moved):
+    """Of the new one three maps, the table and its figures are moved, one after the other."""
+    detector, _, found = evaluate_run(finished.folder, "cpu")
+    finish_run(finished.folder, detector, found)
+    replace, left = Path.replace, iter([True] * moved)
+
+    def move(path, target):
+        if path.parent != target.parent and not next(left, False):
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", move)
+    with pytest.raises(KeyboardInterrupt):
         finish_run(finished.folder, detector, found)
     assert not finished.done
+    monkeypatch.undo()
+    assert finish_run(finished.folder, detector, found)["au_pro"] is None and finished.done
+
+
+def test_a_folder_that_refuses_an_evaluation_is_named_in_one_line(finished):
+    detector, _, found = evaluate_run(finished.folder, "cpu")
+    (finished.folder / "maps").write_text("")
+    with pytest.raises(RunError, match=r"cannot write .*metrics\.json: File exists"):
+        finish_run(finished.folder, detector, found)
 
 
 def test_a_folder_without_training_or_test_images_is_refused(finished, tmp_path):

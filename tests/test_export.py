@@ -301,6 +301,25 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(trained, norm
             export(trained()[1], ExportSettings(), normals=normals, out=tmp_path / place)
 
 
+def test_weights_of_something_else_are_not_replaced(trained, normals, tmp_path):
+    """The user named the .xml alone; of an export, also one that was killed when it took its place, they are."""
+    target, weights = tmp_path / "data.xml", tmp_path / "data.bin"
+    settings, file = ExportSettings(to="openvino", compare=2), trained()[1]
+    weights.write_bytes(b"measurements")
+    for other in (None, "<data/>"):
+        if other:
+            target.write_text(other)
+        with pytest.raises(RunError, match=r"data\.bin is not of an export, and the weights of .*data\.xml would rep"):
+            export(file, settings, normals=normals, out=target)
+        assert weights.read_bytes() == b"measurements"
+    weights.unlink()
+    export(file, settings, normals=normals, out=target)
+    export(file, settings, normals=normals, out=target)
+    target.rename(tmp_path / ".data.xml.new")  # as a process leaves them that is killed between the two
+    export(file, settings, normals=normals, out=target)
+    assert load_exported(target, "cpu").threshold == trained()[0].threshold
+
+
 def test_no_export_takes_the_place_of_another():
     ways = [{}, {"any_size": True}, {"batch": 8}, {"image_size": [480, 640]}, {"opset": 20}, {"to": "openvino"}]
     ways += [{"precision": "int8", "batch": 1, "opset": 19}]

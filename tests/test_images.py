@@ -151,6 +151,9 @@ def test_exif_orientation_is_applied(tmp_path, rng, orientation, upright):
     path = save(tmp_path / "a.png", pixels, exif=exif)
     assert np.array_equal(read_image(path), upright(pixels).transpose(2, 0, 1))
     assert image_size(path) == upright(pixels).shape[:2]
+    marked = np.repeat(pixels[..., :1], 3, axis=2)
+    mask = read_mask(save(tmp_path / "a_mask.png", marked, exif=exif), image_size(path))
+    assert np.array_equal(mask, upright(marked)[..., 0] >= 128) and 0 < mask.mean() < 1
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "bmp", "webp"])

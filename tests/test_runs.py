@@ -56,6 +56,25 @@ def test_writing_makes_folders_and_leaves_nothing_else(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)], ids=oct)
+def test_the_umask_says_who_may_read_a_file(tmp_path, umask, mode):
+    path = write_text(tmp_path / "a.txt", "old")
+    before = os.umask(umask)
+    try:
+        write_text(path, "new")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_a_link_in_the_place_of_the_neighbour_goes_and_its_target_stays(tmp_path):
+    path, mine = tmp_path / "a.txt", tmp_path / "mine.txt"
+    mine.write_text("mine")
+    runs.partial_of(path).symlink_to(mine)
+    write_text(path, "new")
+    assert (path.read_text(), mine.read_text(), path.is_symlink()) == ("new", "mine", False)
+
+
 @pytest.mark.parametrize("name", ["a\rb.png", "a\r\nb.png", "\rb.png", 'a\r"b,c.png', "a\nb.png"])
 def test_tables_hold_names_with_ends_of_lines_as_they_are(tmp_path, name):
     table = pd.DataFrame({"file": [name, "c.png"], "score": [0.25, 1e-9], "count": [1, 2], "error": ["", "no\rimage"]})

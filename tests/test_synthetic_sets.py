@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,6 +183,43 @@ def test_a_broken_off_writing_leaves_what_was_there(tmp_path, monkeypatch):
     assert files(tmp_path / "metal") == before and [path.name for path in tmp_path.iterdir()] == ["metal"]
 
 
+def replaced_until_killed(wanted):
+    """Begin to replace a data set in a process that is killed when it has moved the old one away."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        if not (child := os.fork()):
+            rename = Path.rename
+            Path.rename = lambda path, target: (rename(path, target), os.kill(os.getpid(), signal.SIGKILL))
+            try:
+                synthesize(wanted)
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("then", ["read", "keep", "ask", "replace"])
+def test_a_data_set_that_was_being_replaced_when_all_died_comes_back(tmp_path, then):
+    wanted = settings(tmp_path, "gasket", workers=1, **FEW | {"train": 14})
+    before = files(synthesize(wanted))
+    other = replace(wanted, seed=1, overwrite=True)
+    replaced_until_killed(other)
+    assert not (tmp_path / "gasket").exists()
+    if then == "read":
+        split = datasets.load_dataset("synthetic", root=tmp_path, category="gasket")
+        assert len(split.train) + len(split.validation) == 14
+    elif then == "keep":
+        synthesize(wanted)
+    elif then == "ask":
+        with pytest.raises(SynthesisError, match="holds another data set"):
+            synthesize(replace(other, overwrite=False))
+    else:
+        synthesize(other)
+        assert json.loads((tmp_path / "gasket" / "manifest.json").read_text())["settings"]["seed"] == 1
+        return
+    assert files(tmp_path / "gasket") == before
+
+
 # --- photographs ----------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +244,9 @@ def test_what_killed_processes_left_half_written_goes_after_an_hour(tmp_path):
             os.utime(path, (0, 0))
     synthesize(settings(tmp_path, **FEW))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".metal.2.partial", ".wood.3.partial", "metal"]
+    (tmp_path / ".wood.3.partial").rename(tmp_path / ".metal.old.4.partial")  # moved away by who was killed then
+    synthesize(settings(tmp_path, seed=1, overwrite=True, **FEW))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".metal.2.partial", "metal"]
 
 
 def test_photographs_are_damaged_exactly_where_the_mask_says():
@@ -273,6 +315,50 @@ def test_a_data_set_of_photographs(tmp_path, photographs):
             assert (folder / record["path"]).read_bytes() == (photographs / record["source"]).read_bytes()
     assert synthesize(wanted) == folder
     assert draw(wanted).images.shape == (15 + 3 * len(defects), 3, 80, 96)
+
+
+def even_photographs(folder, value):
+    folder.mkdir()
+    for index in range(15):
+        Image.new("RGB", (64, 64 + index), (value,) * 3).save(folder / f"{index:02}.png")
+    return {"photographs": str(folder), "data_root": str(folder.parent), "test_good": 2}
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_data_set_of_even_photographs_has_no_empty_mask(tmp_path, value):
+    """A piece of black in another place is no defect, and one of white shows in some places only."""
+    synthesize(SynthesisSettings(**even_photographs(tmp_path / "even", value), test_per_defect=2))
+    split = datasets.load_dataset("synthetic", root=tmp_path, category="photographs")
+    datasets.verify(split)
+    assert ("cut_paste" in {sample.defect for sample in split.test}) == (value > 0)
+
+
+def test_a_defect_that_does_not_show_is_drawn_again(tmp_path):
+    given = even_photographs(tmp_path / "even", 255) | {"severity": [0.4, 0.4], "defects": ["cut_paste"]}
+    wanted = SynthesisSettings(**given, test_per_defect=8)
+    planned = {shot.path: shot.seed for shot in wanted.plan() if shot.defect != "good"}
+    records = [record for record in draw(wanted).records if record["defect"] != "good"]
+    assert all(record["mask_pixels"] for record in records)
+    again = [record for record in records if record["seed"] != planned[record["path"]]]
+    assert 0 < len(again) < 8
+    for record in again:
+        picture = np.asarray(Image.open(tmp_path / "even" / record["source"]))
+        assert not damage(picture, "cut_paste", seed=planned[record["path"]], severity=0.4).mask.any()
+        assert damage(picture, "cut_paste", seed=record["seed"], severity=0.4).mask.sum() == record["mask_pixels"]
+    faint = draw(wanted, [shot for shot in wanted.plan() if shot.path == again[0]["path"]])
+    assert faint.records[0]["seed"] == planned[again[0]["path"]] and not faint.masks.any(), "these shots as they are"
+
+
+@pytest.mark.parametrize("photographed", [False, True])
+def test_a_defect_that_never_shows_is_named(tmp_path, photographed):
+    given, on = {"product": "metal", "data_root": str(tmp_path)}, ""
+    if photographed:
+        given, on = even_photographs(tmp_path / "even", 128), r" on \d\d\.png"
+    wanted = SynthesisSettings(**given | FEW | {"defects": ["dent"], "severity": [1e-4, 1e-4]})
+    says = rf"test/dent/000\.png: 'dent' with severity 0\.0001 does not show{on}, in 100 places\. Leave it out"
+    with pytest.raises(SynthesisError, match=says):
+        synthesize(wanted)
+    assert not wanted.folder.exists()
 
 
 def test_other_photographs_in_the_same_folder_are_other_data(tmp_path, photographs):

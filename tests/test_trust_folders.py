@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -169,6 +170,26 @@ def test_names_go_to_an_output_that_takes_no_other_letters(model, picture, tmp_p
     strict = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
     done = subprocess.run([sys.executable, *arguments, "--heatmaps", "none"], capture_output=True, env=strict)
     assert not done.returncode and done.stdout.endswith(b"out\\udcff\n")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take no such names")
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_whose_name_is_no_text_is_named_before_any_work(model, picture, tmp_path, capsys, monkeypatch, linked):
+    """It would stand in the card of the model, which nobody could read any more."""
+    folder, own = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xff")), tmp_path / "own.safetensors"
+    for index in range(14):
+        picture(folder / f"{index}.png", seed=index)
+    shutil.copy(model, own)
+    before = own.read_bytes()
+    if linked:
+        (tmp_path / "line").symlink_to(folder)
+    given, says = tmp_path / "line" if linked else folder, r"the name b'd\\xff' is not UTF-8. Rename the folder"
+    monkeypatch.setattr("effad_lib.export.to_onnx", lambda *_, **__: pytest.fail("work was done"))
+    command_refused(capsys, ["threshold", own, "--normals", given], says)
+    command_refused(capsys, ["threshold", own, "--normals", given, "--tile-overlap", 40], says)
+    command_refused(capsys, ["export", own, "--normals", given, "--precision", "int8"], says)
+    refused(lambda: load_dataset("folder", root=given), "the name 'folder/d.udcff' of a data set is no text in UTF-8")
+    assert own.read_bytes() == before
 
 
 ROOTS = {  # how the folder comes to be, and what is said of it

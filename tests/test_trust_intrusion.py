@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import yaml
 from trust import command_refused, files, refused
@@ -20,13 +21,12 @@ from trust import command_refused, files, refused
 from effad_lib.cli import main
 from effad_lib.consent import NAMED, allow, check_named
 from effad_lib.datasets import LOADERS, load_dataset
-from effad_lib.detector import EfficientAD
-from effad_lib.evaluation import data_of, evaluate
+from effad_lib.evaluation import data_of, evaluate_run, finish_run
 from effad_lib.execution import process
 from effad_lib.execution.lock import Lock
-from effad_lib.runs import PROJECT, Run
+from effad_lib.runs import PROJECT, Run, partial_of
 from effad_lib.sweeps import load_sweep
-from effad_lib.viewer import of_run
+from effad_lib.viewer import of_run, view_images, view_maps
 
 CODE = """
 from pathlib import Path
@@ -132,12 +132,56 @@ def test_a_run_whose_folder_is_a_link_writes_and_deletes_nothing_there(evaluated
     assert files(mine) == {"00009.npz": b"years of work"}
 
 
+@pytest.fixture
+def sent(model, picture, tmp_path):
+    """A folder that was sent, with a model, images and maps in it, and beside it one of the user's own."""
+    folder, mine = tmp_path / "sent", tmp_path / "mine"
+    for index in range(12):
+        picture(folder / "images" / f"{index}.png", seed=index)
+        np.save(folder / f"{index}.npy", np.eye(80, 96, dtype=np.float32))
+    for place in (folder, mine):
+        place.mkdir(exist_ok=True)
+        shutil.copy(model, place / "model.safetensors")
+    return folder
+
+
+def test_a_model_that_was_sent_is_exported_beside_it_alone(sent, capsys):
+    (sent / "export").symlink_to(sent.parent / "mine")
+    before = files(sent.parent / "mine")
+    command = ["export", sent / "model.safetensors", "--normals", sent / "images", "--compare", 2]
+    command_refused(capsys, command, r"sent/export/model_float32\.onnx would lie outside .*sent\. Remove the link")
+    assert files(sent.parent / "mine") == before
+
+
+@pytest.mark.parametrize("command", ["threshold", "export"])
+def test_a_model_that_is_a_link_is_not_written_for(sent, capsys, command):
+    """Neither in its place, which is the user's own model, nor beside that."""
+    model, before = sent / "model.safetensors", files(sent.parent / "mine")
+    model.unlink()
+    model.symlink_to(sent.parent / "mine" / "model.safetensors")
+    command = [command, model, "--normals", sent / "images"]
+    command += ["--compare", 2] if command[0] == "export" else []
+    command_refused(capsys, command, f"{model} is a link to {sent.parent}/mine/model.safetensors. Name that file")
+    assert main([str(part) for part in [*command, "--out", sent / "new.onnx"]]) == 0
+    assert files(sent.parent / "mine") == before and (sent / "new.onnx").is_file()
+
+
+def test_views_are_saved_beside_the_notes_alone(sent):
+    (sent / "views").symlink_to(sent.parent / "mine")
+    before = files(sent.parent / "mine")
+    for viewer in (view_images(sent / "model.safetensors", sent / "images"), view_maps(sent, sent / "images")):
+        refused(viewer.save, "sent/views/.*png would lie outside .*sent. Remove the link")
+        viewer.controls["save"].click()
+    assert files(sent.parent / "mine") == before
+
+
 def test_maps_that_are_not_of_an_evaluation_stay(evaluated_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(evaluated_run, run)
     for name in ("mine.npz", "00099.npz"):
         (run / "maps" / name).write_text("")
-    evaluate(EfficientAD.load(run / "model.safetensors"), data_of(Run(run)).test).save(run)
+    detector, _, found = evaluate_run(run, "cpu")
+    finish_run(run, detector, found)
     assert (run / "maps" / "mine.npz").exists() and not (run / "maps" / "00099.npz").exists()
 
 
@@ -150,6 +194,21 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path, name):
         with pytest.raises(OSError, match=name):
             process.start({"folder": str(tmp_path)}, {})
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["report.html", "figures/scores.png"])
+def test_a_link_under_the_name_of_a_half_written_file_is_not_followed(evaluated_run, tmp_path, name):
+    """Whoever sends a run can guess the number of the process that will write into it."""
+    run, mine = tmp_path / "run", tmp_path / "mine.txt"
+    shutil.copytree(evaluated_run, run)
+    mine.write_text("years of work")
+    mine.chmod(0o600)
+    half = partial_of(run / name)
+    half.parent.mkdir(exist_ok=True)
+    half.symlink_to(mine)
+    assert main(["evaluate", str(run), "--device", "cpu"]) == 0
+    assert (mine.read_text(), mine.stat().st_mode & 0o777) == ("years of work", 0o600)
+    assert (run / name).is_file() and not (run / name).is_symlink() and not half.is_symlink()
 
 
 def test_a_run_that_was_sent_renders_nothing(evaluated_run, tmp_path, capsys):

@@ -104,6 +104,27 @@ RAW = {  # the bytes of a model changed, and what is said
 }
 
 
+UNFIT = {  # what a detector is about to be saved with, and what is said
+    "a source that is no text": (
+        {"calibration": {"normals": 1, "scores": [1.0], "pixels": [1.0], "source": "\udcff"}}, "surrogates"),
+    "a threshold that is NaN": ({"threshold": NAN}, "it holds NaN"),
+    "an infinite pixel threshold": ({"pixel_threshold": INFINITE}, "it holds Infinity"),
+    "levels turned round": ({"levels": (5.0, 1.0)}, "takes the values of black and of white"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_what_could_not_be_loaded_again_is_not_saved(model, tmp_path, kind):
+    """The model that is there stays."""
+    (values, says), path = UNFIT[kind], tmp_path / "model.safetensors"
+    shutil.copy(model, path)
+    before, detector = files(tmp_path), EfficientAD.load(path)
+    for name, value in values.items():
+        setattr(detector, name, value)
+    refused(lambda: detector.save(path), rf"model .*{path.name}: it would be saved with what no model takes.*{says}")
+    assert files(tmp_path) == before
+
+
 @pytest.fixture
 def parts(model):
     """Weights and card of the small model, to be changed."""

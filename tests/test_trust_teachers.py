@@ -100,7 +100,8 @@ def test_files_that_are_no_teachers(tmp_path, ending, kind):
     )
     if kind in ("empty", "cut", "words"):
         path.write_bytes({"empty": b"", "words": b"weights"}.get(kind, path.read_bytes()[:-500]))
-    refused(lambda: load_teacher(path), "not a safetensors file or a plain state dict|not a plain state dict")
+    says = refused(lambda: load_teacher(path), "not a safetensors file or a plain state dict|not a plain state dict")
+    assert "weights_only" not in says and "\n" not in says, "torch advises to execute the file"
     assert not trace.exists()
 
 

@@ -29,9 +29,11 @@ def export(options: argparse.Namespace) -> int:
     """Write a model as one ONNX or OpenVINO file that needs no torch, compared with the model before it is kept."""
     from effad_lib.export import ExportSettings
     from effad_lib.export import export as work
-    from effad_lib.runs import here
+    from effad_lib.runs import check_link, here
 
     allow_data_files(options)
+    if not options.out:
+        check_link(options.run)
     settings = ExportSettings.from_mapping(given(options, settings_options(ExportSettings)))
     normals, out = (value and here(value) for value in (options.normals, options.out))
     path, found = work(here(options.run), settings, normals=normals, out=out, force=options.force)

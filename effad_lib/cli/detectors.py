@@ -225,13 +225,15 @@ def threshold(options: argparse.Namespace) -> int:
     from effad_lib import calibration
     from effad_lib.detector import EfficientAD
     from effad_lib.images import find_images, load_images
-    from effad_lib.runs import Run, check_writable, here
+    from effad_lib.runs import Run, check_link, check_writable, here
     from effad_lib.settings import SettingsError, pick_device
     from effad_lib.tiling import check_overlap
     from effad_lib.training import TrainingSettings
 
     path = here(options.model)
     out = here(options.out) if options.out else path
+    if not options.out:
+        check_link(options.model)
     settings = TrainingSettings.from_mapping(given(options, _decision_options()))
     rate, confidence = settings.false_alarm_rate, settings.confidence
     detector, overlap = EfficientAD.load(path, pick_device(options.device)), options.tile_overlap
@@ -242,14 +244,14 @@ def threshold(options: argparse.Namespace) -> int:
     check_writable(out)
     if options.normals:
         folder = here(options.normals)
-        files = find_images(folder)
+        files, source = find_images(folder), calibration.source_of(folder)
         calibration.rank(len(files), rate, confidence)  # refused before any image is read
         if overlap is None:
             how = {"levels": detector.levels, "description": "reading normal images"}
             images = load_images(files, detector.image_size, **how)
-            calibration.measure_normals(detector, images.split(8), source=folder.name, names=files)
+            calibration.measure_normals(detector, images.split(8), source=source, names=files)
         else:
-            calibration.measure_tiled_normals(detector, files, overlap, source=folder.name)
+            calibration.measure_tiled_normals(detector, files, overlap, source=source)
     calibration.choose_thresholds(detector, rate, confidence)
     chosen = detector.calibration
     kept = f"; at most {rate:.3g} with confidence {confidence:g}" if rate else ""

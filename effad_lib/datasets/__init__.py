@@ -24,6 +24,7 @@ from effad_lib.datasets.split import (
     provided,
     register,
 )
+from effad_lib.documents import is_text
 from effad_lib.images import ALL_LEVELS, ImageError, read_image, read_regions
 from effad_lib.progress import progress
 from effad_lib.runs import resolve
@@ -137,6 +138,8 @@ def _check(split: Split, dataset: str) -> None:
     if not isinstance(split, Split):
         got = type(split).__name__
         raise DatasetError(f"the function registered as {dataset!r} must return a Split, it returned {got}.")
+    if not is_text(split.name):
+        raise DatasetError(f"the name {split.name!r} of a data set is no text in UTF-8: rename its folder.")
     for sample in chain(split.train, split.validation, split.test):
         if not isinstance(sample, Sample) or sample.label not in (0, 1):
             raise DatasetError(f"{split.name}: {sample!r} is not a Sample with label 0 or 1.")

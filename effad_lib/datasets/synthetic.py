@@ -41,6 +41,7 @@ def load_synthetic(root: Path | None, category: str, seed: int, validation_share
 
     category = category or synthesis.DEFAULT_PRODUCT
     folder = place_of(root, category)
+    synthesis.put_back(folder)
     if not is_rendered(root, category):
         if category == "photographs":
             raise DatasetError(

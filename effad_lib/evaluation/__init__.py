@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from effad_lib.evaluation.result import (
 from effad_lib.evaluation.scoring import evaluate
 from effad_lib.execution import alone_in
 from effad_lib.metrics import image_auroc
-from effad_lib.runs import Run, RunError
+from effad_lib.runs import Run, RunError, remove_forsaken, unwritable
 from effad_lib.settings import Settings, SettingsError, pick_device
 from effad_lib.tiling import check_threshold
 
@@ -129,18 +131,35 @@ def evaluate_run(
 def finish_run(run_folder: str | Path, detector: EfficientAD, found: Evaluation) -> dict[str, Any]:
     """Write `scores.csv`, the maps and, last, `metrics.json` into a run; return what the latter holds.
 
-    An earlier `metrics.json` goes first: killed in between, the run is not done, and nobody takes two evaluations for
-    one. Raises `LockError` while another process trains or measures in the folder.
+    An earlier evaluation stays until the new one lies whole beside it, so also on a full disk. Then its `metrics.json`
+    goes first: killed in between, the run is not done, and nobody takes two evaluations for one. Raises `LockError`
+    while another process trains or measures in the folder, and `RunError` for a file that cannot be written.
 
     Keys: data, the metrics, the image AU-ROC without map quantiles (`image_auroc_unnormalised`, the paper's first
     ablation), the latency, and of the training its seconds, its steps and the size of the networks.
     """
     run = Run(run_folder)
     with alone_in(run.folder):
-        (run.folder / "metrics.json").unlink(missing_ok=True)
-        found.save(run.folder)
         card = {name: detector.card.get(name) for name in ("seconds", "steps", "size")}
         plain = {"image_auroc_unnormalised": image_auroc(unnormalised_scores(detector, found), found.labels)}
         result = {"data": detector.card.get("data", "unknown"), **found.metrics(), **plain, **latency(detector), **card}
-        run.finish(result)
+        remove_forsaken(run.folder, "evaluation")
+        try:
+            with tempfile.TemporaryDirectory(".partial", ".evaluation.", run.folder) as new:
+                found.save(new)
+                Run(new).finish(result)
+                _put_in_place(Path(new), run.folder)
+        except OSError as error:
+            raise unwritable(run.folder / "metrics.json", error) from error
     return result
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    """Move the files of an evaluation from the folder `new` into that of a run, in the place of an earlier one."""
+    (folder / "metrics.json").unlink(missing_ok=True)
+    (folder / "maps").mkdir(exist_ok=True)
+    for old in (folder / "maps").glob("*.npz"):
+        if re.fullmatch(r"\d{5,}", old.stem):  # others are not of an evaluation
+            old.unlink()
+    for path in (*(new / "maps").iterdir(), new / "scores.csv", new / "metrics.json"):
+        path.replace(folder / path.relative_to(new))

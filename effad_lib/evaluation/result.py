@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -264,15 +263,11 @@ class Evaluation:
     def save(self, folder: str | Path) -> None:
         """Write `scores.csv` and, for row k of it, `maps/<k>.npz`; `load_maps` reads the latter.
 
-        A map file holds the three maps as float16 and no pickled object. Map files of an earlier, longer
-        evaluation in the same folder are removed.
+        A map file holds the three maps as float16 and no pickled object.
         """
         folder = Path(folder)
         for index in range(len(self.samples)):
             write_bytes(_map_file(folder, index), self._packed_maps(index))
-        for stale in set((folder / "maps").glob("*.npz")) - {_map_file(folder, i) for i in range(len(self.samples))}:
-            if re.fullmatch(r"\d{5,}", stale.stem):  # others are not of an evaluation
-                stale.unlink()
         write_csv(folder / "scores.csv", self.table())
 
     def table(self) -> pd.DataFrame:

@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from effad_lib.calibration import source_of
 from effad_lib.detector import EfficientAD
 from effad_lib.engines import MOST_AT_ONCE, load_exported
-from effad_lib.export.files import save, to_openvino
+from effad_lib.export.files import check_place, save, to_openvino
 from effad_lib.export.graph import Deployed, in_half, resize, to_onnx
 from effad_lib.export.normals import find_normals, own_thresholds, read_normals, spread, to_calibrate_on
 from effad_lib.export.parity import TOLERANCES, Parity, compare, tolerance_of, with_defects
 from effad_lib.export.quantisation import quantise
 from effad_lib.images import Size, check_size, load_images
-from effad_lib.runs import Run, check_writable
+from effad_lib.runs import Run, check_writable, within
 from effad_lib.settings import Settings, SettingsError
 from effad_lib.tiling import check_overlap
 
@@ -120,9 +121,10 @@ def export(
     _check_packages(settings)
     _check_opset(settings)
     path = _model_of(Path(source))
-    target = Path(out) if out else path.parent / "export" / settings.file_name
+    target = Path(out) if out else within(path.parent, f"export/{settings.file_name}")
     if target.suffix != SUFFIXES[settings.to]:
         raise SettingsError(f"{target}: a file for {settings.to} ends in {SUFFIXES[settings.to]}.")
+    check_place(target)
     detector = EfficientAD.load(path)
     if detector.threshold is None:
         raise SettingsError(f"{path} has no threshold: calibrate it on held-out good images first.")
@@ -133,6 +135,7 @@ def export(
     input_size, levels = settings.input_size(detector), detector.levels
     compared = spread(files, settings.compare)
     seen = to_calibrate_on(files, compared) if settings.precision == "int8" else []
+    named = source_of(normals) if seen and normals else ""
     size = input_size or detector.image_size
     images = load_images(seen, size, levels=levels, description="reading good images").numpy() if seen else None
     good = read_normals(compared, input_size, levels)
@@ -154,7 +157,6 @@ def export(
         exported = load_exported(save(model, card, Path(folder) / target.name), "cpu")
         if seen:
             made |= {"calibrated_on": len(seen), "of_them_compared": len(set(seen) & set(compared))}
-            named = Path(normals).resolve().name if normals else ""
             made["thresholds_from"] = own_thresholds(exported, detector, files, named)
         found = compare(detector, exported, good, defective, limits)
     if found.faults and not force:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from effad_lib.engines import CARD, SEAL, seal_of
-from effad_lib.runs import write_bytes
+from effad_lib.runs import RunError, write_bytes
 
 
 def to_openvino(model: Any) -> Any:
@@ -19,6 +19,21 @@ def to_openvino(model: Any) -> Any:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model.SerializeToString())
         return openvino.convert_model(path)
+
+
+def check_place(target: Path) -> None:
+    """Raise `RunError` for a `.bin` in the place of an OpenVINO export's, which nobody named, that is not of one."""
+    weights = target.with_suffix(".bin")
+    heads = [path for path in (target, _new(target)) if path.is_file()]
+    if target.suffix == ".xml" and weights.exists() and not any(CARD.encode() in path.read_bytes() for path in heads):
+        raise RunError(
+            f"{weights} is not of an export, and the weights of {target} would replace it. Choose another name: "
+            f"--out FILE."
+        )
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
 
 
 def _sealed(head: bytes, *weights: bytes) -> bytes:
@@ -41,7 +56,7 @@ def save(model: Any, card: dict[str, Any], target: Path) -> Path:
         openvino.save_model(model, whole, compress_to_fp16=False)
         weights = whole.with_suffix(".bin").read_bytes()
         written = {target.with_suffix(".bin"): weights, target: _sealed(whole.read_bytes(), weights)}
-        halves = {path: path.with_name(f".{path.name}.new") for path in written}
+        halves = {path: _new(path) for path in written}
         try:
             for path, new in halves.items():
                 write_bytes(new, written[path])

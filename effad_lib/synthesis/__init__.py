@@ -31,7 +31,7 @@ from effad_lib.synthesis.rendering import (
 )
 from effad_lib.synthesis.scene import SynthesisError
 from effad_lib.synthesis.shots import Shot, SynthesisSettings
-from effad_lib.synthesis.writer import MANIFEST, Drawn, draw, synthesize
+from effad_lib.synthesis.writer import MANIFEST, Drawn, draw, put_back, synthesize
 
 # Flat, textured and full of parts at fixed places: scratches and stains make sense on it, and so does a part that is
 # missing or misplaced.
@@ -55,6 +55,7 @@ __all__ = [
     "photograph_defects",
     "product",
     "product_names",
+    "put_back",
     "render",
     "synthesize",
 ]

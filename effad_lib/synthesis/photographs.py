@@ -102,6 +102,11 @@ def is_photograph(item: Item) -> bool:
     return isinstance(item, Photograph)
 
 
+def is_lit(item: Item) -> bool:
+    """The item is a photograph that is not black: a piece of black in another place is no defect."""
+    return is_photograph(item) and bool(item.scene.albedo.max() > 0.1)
+
+
 @lru_cache(maxsize=16)
 def _foreign(path: Path) -> Array:
     """A photograph of something else, float32 [3, h, w] in [0, 1], its sides 512 pixels at most."""
@@ -130,7 +135,7 @@ def texture_blend(item: Item, rng: Generator, severity: float) -> Scene:
     return replace(scene, albedo=mix(scene.albedo, texture, share))
 
 
-@defect("cut_paste", needs=is_photograph)
+@defect("cut_paste", needs=is_lit)
 def cut_paste(item: Item, rng: Generator, severity: float) -> Scene:
     """A piece of the same picture in another place, turned, its colours shifted and its border blended."""
     scene, canvas = item.scene, item.canvas

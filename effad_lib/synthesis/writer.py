@@ -10,8 +10,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +30,9 @@ from effad_lib.synthesis.shots import Shot, SynthesisSettings
 
 MANIFEST = "manifest.json"
 
+TRIES = 100
+"""Drawings of a defect, each with the next seed, until one of them shows: an empty mask is none to measure by."""
+
 Result = TypeVar("Result")
 
 
@@ -37,11 +40,13 @@ def synthesize(settings: SynthesisSettings) -> Path:
     """Write the data set of `settings` and return its folder; one that is there with the same settings is kept.
 
     The folder gets train/good/000.png, test/good/, test/<defect>/000.png, ground_truth/<defect>/000_mask.png (0 or 255)
-    and manifest.json, which holds the settings and, for every image, what it takes to make it again. It appears whole
-    or not at all. Another data set that is there is replaced with `overwrite` and is else a `SynthesisError` that names
+    and manifest.json, which holds the settings and, for every image, what it takes to make it again. A defect that
+    does not show is drawn again, in `TRIES` places; then it is a `SynthesisError`. The data set appears whole or not at
+    all. Another data set that is there is replaced with `overwrite` and is else a `SynthesisError` that names
     the differences; a folder with anything else in it is never replaced.
     """
     folder, identity = settings.folder, settings.identity
+    put_back(folder)
     manifest = _manifest(folder)
     if manifest:
         there = manifest["settings"]
@@ -62,6 +67,18 @@ def synthesize(settings: SynthesisSettings) -> Path:
         records = _all(partial(_write, work, settings), settings.plan(), settings, f"rendering {folder.name}")
         write_json(work / MANIFEST, {"settings": identity, "mask_tolerance": TOLERANCE, "images": records})
     return folder
+
+
+def put_back(folder: Path) -> None:
+    """Bring back the data set of a folder if a process that was to replace it was killed when it had moved it away."""
+    for old in [] if folder.exists() else folder.parent.glob(f".{_old(folder).name}.*.partial"):
+        with suppress(OSError):  # another process has done so
+            old.rename(folder)
+        return
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.old")
 
 
 def _manifest(folder: Path) -> dict | None:
@@ -129,9 +146,9 @@ class Drawn:
 
 
 def draw(settings: SynthesisSettings, shots: Sequence[Shot] | None = None) -> Drawn:
-    """Return the data set that `synthesize` would write, or just these shots of it, without writing anything."""
-    plan = settings.plan() if shots is None else shots
-    drawn = _all(partial(_drawn, settings), plan, settings, f"drawing {settings.folder.name}")
+    """Return the data set that `synthesize` would write, or just these shots as they are, without writing anything."""
+    make, plan = (_shown, settings.plan()) if shots is None else (_drawn, shots)
+    drawn = _all(partial(make, settings), plan, settings, f"drawing {settings.folder.name}")
     records, shots = zip(*drawn, strict=True) if drawn else ((), ())
     return Drawn(list(records), list(shots))
 
@@ -188,7 +205,19 @@ def _begin_worker(parent: int) -> None:
 
 def _drawn(settings: SynthesisSettings, shot: Shot) -> tuple[dict, SyntheticImage]:
     image = settings.take(shot)
-    return _record(shot, image.mask), image
+    return shot.record if shot.defect == "good" else shot.record | {"mask_pixels": int(image.mask.sum())}, image
+
+
+def _shown(settings: SynthesisSettings, shot: Shot) -> tuple[dict, SyntheticImage]:
+    """Draw a shot, if it has a defect with the first seed from its own on with which that shows."""
+    for again in range(TRIES):
+        record, image = _drawn(settings, replace(shot, seed=shot.seed + again))
+        if shot.defect == "good" or image.mask.any():
+            return record, image
+    raise SynthesisError(
+        f"{shot.path}: {shot.defect!r} with severity {shot.severity} does not show{' on ' * bool(shot.source)}"
+        f"{shot.source}, in {TRIES} places. Leave it out of the defects, or raise the severity."
+    )
 
 
 def _write(root: Path, settings: SynthesisSettings, shot: Shot) -> dict:
@@ -199,17 +228,13 @@ def _write(root: Path, settings: SynthesisSettings, shot: Shot) -> dict:
         read_image(source)  # raises for a broken one
         shutil.copyfile(source, root / shot.path)
         return shot.record
-    image = settings.take(shot)
+    record, image = _shown(settings, shot)
     _save(root / shot.path, image.image)
     if shot.defect != "good":
         path = root / _mask_path(shot.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _save(path, image.mask.astype(np.uint8) * 255)
-    return _record(shot, image.mask)
-
-
-def _record(shot: Shot, mask: np.ndarray) -> dict:
-    return shot.record if shot.defect == "good" else shot.record | {"mask_pixels": int(mask.sum())}
+    return record
 
 
 def _save(path: Path, pixels: np.ndarray) -> None:
@@ -220,8 +245,7 @@ def _save(path: Path, pixels: np.ndarray) -> None:
 @contextmanager
 def _put_in_place(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when all went well, and is deleted if not."""
-    work = partial_of(folder)
-    old = work.with_suffix(".old")
+    work, old = partial_of(folder), partial_of(_old(folder))
     try:
         remove_forsaken(folder.parent, folder.name)
         shutil.rmtree(work, ignore_errors=True)
@@ -229,6 +253,7 @@ def _put_in_place(folder: Path) -> Iterator[Path]:
         yield work
         if manifest := _manifest(folder):  # looked at again: somebody may have put something there meanwhile
             _check_own(folder, manifest)
+            os.utime(folder)  # not forsaken yet
             folder.rename(old)
         elif folder.exists():
             folder.rmdir()

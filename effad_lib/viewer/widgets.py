@@ -14,7 +14,7 @@ import numpy as np
 
 from effad_lib.images import SUFFIXES, ImageError
 from effad_lib.progress import progress
-from effad_lib.runs import RunError, write_bytes
+from effad_lib.runs import RunError, within, write_bytes
 from effad_lib.viewer import pages
 from effad_lib.viewer.controls import Controls, steps_from_start
 from effad_lib.viewer.display import Display
@@ -261,9 +261,9 @@ class Viewer:
         Returns the path.
         """
         if path is None:
-            folder, name = self.findings.notes.parent / "views", Path(self.findings.names[self._state.index])
+            folder, name = self.findings.notes.parent, Path(self.findings.names[self._state.index])
             stem = f"{self._state.index:05d}_{name.stem}_{self._state.map}"
-            paths = (folder / f"{stem}{f'_{k}' if k > 1 else ''}.png" for k in itertools.count(1))
+            paths = (within(folder, f"views/{stem}{f'_{k}' if k > 1 else ''}.png") for k in itertools.count(1))
             path = next(path for path in paths if not path.exists())
         return write_bytes(path, self.png())
 
