@@ -120,7 +120,7 @@ REFUSED = {  # name of the file: its bytes, and what is said of it
     "more pixels than are read.png": (png(16_385, 16_384), "16,385×16,384 pixels, at most 268,435,456 are read"),
     "decompression bomb of text.png": (png(80, 72, rows=bytes(10**8), name=b"zTXt"), UNREADABLE),
     "16 bits a colour.png": (png(80, 72, bits=16, rows=bytes(72 * 481)), "16 bits a channel is not supported"),
-    "16 bits of grey.png": (packed(GREY.astype(np.uint16) * 16), "--levels 0 4095, or save it as 8-bit"),
+    "16 bits of grey.png": (packed(GREY.astype(np.uint16) * 16), "--levels 0 4095. Else save it as 8-bit"),
     "32 bits of grey.tif": (packed(GREY.astype(np.int32), kind="TIFF"), "image mode I is not supported"),
     "CMYK.tif": (packed(kind="TIFF", mode="CMYK"), "image mode CMYK is not supported. Save it as 8-bit RGB"),
     "CMYK.jpg": (packed(kind="JPEG", mode="CMYK"), "image mode CMYK is not supported"),

@@ -104,7 +104,7 @@ RAW = {  # the bytes of a model changed, and what is said
 }
 
 
-UNFIT = {  # what a detector is about to be saved with, and what is said
+UNSAVED = {  # what a detector is about to be saved with, and what is said
     "a source that is no text": (
         {"calibration": {"normals": 1, "scores": [1.0], "pixels": [1.0], "source": "\udcff"}}, "surrogates"),
     "a threshold that is NaN": ({"threshold": NAN}, "it holds NaN"),
@@ -113,10 +113,10 @@ UNFIT = {  # what a detector is about to be saved with, and what is said
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", UNFIT)
+@pytest.mark.parametrize("kind", UNSAVED)
 def test_what_could_not_be_loaded_again_is_not_saved(model, tmp_path, kind):
     """The model that is there stays."""
-    (values, says), path = UNFIT[kind], tmp_path / "model.safetensors"
+    (values, says), path = UNSAVED[kind], tmp_path / "model.safetensors"
     shutil.copy(model, path)
     before, detector = files(tmp_path), EfficientAD.load(path)
     for name, value in values.items():
