@@ -1,6 +1,6 @@
 """Readers under random input: a right result or an error of ours, whatever a file holds, and nothing written.
 
-A few derandomised examples of each by default; EFFAD_FUZZ_EXAMPLES=20000 looks for new ones, see tests/README.md.
+A few derandomised examples of each by default; EFFAD_FUZZ_EXAMPLES=5000 looks for new ones, see tests/README.md.
 """
 
 from __future__ import annotations
