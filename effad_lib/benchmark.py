@@ -17,21 +17,20 @@ import pandas as pd
 import torch
 
 from effad_lib.detector import EfficientAD
-from effad_lib.engines import check_threads
 from effad_lib.images import NaturalImages, Size, change_colour, check_size, to_float
 from effad_lib.latency import LatencySettings, chance_detector, copy_peak, grid, measure, peak
 from effad_lib.memory import peak_memory
 from effad_lib.networks import check_network, multiply_adds
 from effad_lib.progress import progress
 from effad_lib.runs import PROJECT, Run
-from effad_lib.settings import Settings, cores, device_name, pick_device
+from effad_lib.settings import Settings, check_threads, cores, device_name, pick_device
 from effad_lib.training import Draw, Trainer, TrainingSettings
 
 LITERAL = "tests/literal.py"
 """The paper's Algorithms 1 and 2 as the tests have them, in the project's folder; an installed package lacks it."""
 
-STEPS = {"cpu": 1}
-"""Steps of a training in one call that is timed, 20 elsewhere: an accelerator works while the next one is prepared."""
+STEPS = {"cpu": 1, "cuda": 20, "mps": 20}
+"""Steps of a training in one call that is timed: an accelerator works on one while the next is prepared."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def training_table(settings: BenchmarkSettings, literal: ModuleType | None) -> p
                 calls[size, "effad", precision] = library_step(trainer)
             work[size] = step_flop(trainer.detector, settings.image_size)
         losses = {key: call() for key, call in calls.items()}
-        steps = STEPS.get(trainer.device.type, 20)
+        steps = STEPS[trainer.device.type]
         table = measure({key: partial(call, steps) for key, call in calls.items()}, seconds=settings.seconds)
         table[["median_ms", "p99_ms"]] /= steps
     best = peak(trainer.device, settings.cores)
@@ -239,7 +238,7 @@ def cost(size: str, *, images: int, side: int, batch: int, threads: int, device:
         def detect() -> object:
             return detector.eval()(pictures).score.cpu()
 
-        steps = STEPS.get(trainer.device.type, 20)
+        steps = STEPS[trainer.device.type]
         took = measure({("step",): partial(step, steps), ("detect",): detect}, seconds=1e-9)["median_ms"]
         memory = torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else peak_memory()
     return {"start_s": start, "step_ms": took["step"] / steps, "detect_ms": took["detect"], "peak_mb": memory / 1e6}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from effad_lib.engines import Inspection, Inspector
 from effad_lib.images import ImageError, read_image, to_float
 from effad_lib.memory import kept_memory
 from effad_lib.progress import progress
+from effad_lib.reading import not_text
 from effad_lib.runs import RunError
 from effad_lib.settings import SettingsError
 from effad_lib.tiling import inspect_tiles
@@ -92,7 +92,7 @@ def source_of(folder: str | Path) -> str:
     """Return the name of a folder of normal images as a `source`. Raises `ImageError` for one that is not UTF-8."""
     folder = Path(folder).resolve()
     if not is_text(folder.name):
-        raise ImageError(f"{folder.parent}: the name {os.fsencode(folder.name)} is not UTF-8. Rename the folder.")
+        raise not_text(folder, "folder")
     return folder.name
 
 

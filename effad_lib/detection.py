@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from effad_lib.documents import is_text
-from effad_lib.engines import RUNTIMES, Inspection, Inspector, check_threads, load_exported
+from effad_lib.engines import RUNTIMES, Inspection, Inspector, load_exported
 from effad_lib.memory import kept_memory, ran_out
 from effad_lib.progress import progress, say
 from effad_lib.reading import ImageError, Size, find_images, fitted, not_text, read_image, read_mask
@@ -30,7 +30,7 @@ from effad_lib.runs import (
     write_bytes,
     write_csv,
 )
-from effad_lib.settings import SettingsError, nearest
+from effad_lib.settings import SettingsError, check_threads, nearest
 from effad_lib.tiling import check_overlap, check_threshold, inspect_tiles
 
 NO_PIXEL_THRESHOLD = "this model has no pixel threshold: choose one, `effad threshold MODEL --normals FOLDER`."

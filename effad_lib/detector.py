@@ -130,12 +130,11 @@ class EfficientAD(nn.Module):
         Raises `SettingsError` for a card that `load` would refuse.
         """
         try:
-            self.card = read_card(json.dumps(self.card_now(card)))
+            self.card = read_card(text := json.dumps(self.card_now(card)))
         except ValueError as error:
             raise SettingsError(f"model {path}: it would be saved with what no model takes, {error}.") from error
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        metadata = {"effad_card": json.dumps(self.card)}
-        return write_bytes(path, save(weights, metadata))
+        return write_bytes(path, save(weights, {"effad_card": text}))
 
     def card_now(self, card: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the card with what the detector is now: its size, thresholds and what they were chosen from."""

@@ -15,7 +15,7 @@ import numpy as np
 from effad_lib.cards import read_card
 from effad_lib.documents import Takes, fault, is_whole
 from effad_lib.reading import Levels, Size, check_levels, check_size
-from effad_lib.settings import SettingsError, nearest
+from effad_lib.settings import SettingsError, check_threads, nearest
 
 OUTPUTS = ("combined", "student_teacher", "student_autoencoder", "score")
 """What an exported model returns, in this order."""
@@ -28,9 +28,6 @@ SEAL = re.compile(rb"effad sha256 ([0-9a-f]{64})")
 
 MOST_AT_ONCE = 4096
 """Images at a time that an export may take: fewer than these are filled up to so many."""
-
-MOST_THREADS = 1024
-"""Threads of the CPU that may be asked for; the runtimes start as many, whatever there is."""
 
 MADE: Takes = {
     "batch": (lambda value: value is None or is_whole(value, 1, MOST_AT_ONCE), f"null, or 1 to {MOST_AT_ONCE} images"),
@@ -238,12 +235,6 @@ def _device(wanted: str, there: list[str], best: str) -> str:
     if wanted not in there:
         raise SettingsError(f"device = {wanted!r}: not available to this runtime. Use 'auto' or: {', '.join(there)}.")
     return wanted
-
-
-def check_threads(threads: int) -> None:
-    """Raise `SettingsError` for a number of threads that cannot be."""
-    if not 0 <= threads <= MOST_THREADS:
-        raise SettingsError(f"threads = {threads}: threads takes a number up to {MOST_THREADS}, or 0 for the default.")
 
 
 def seal_of(head: bytes, *weights: bytes) -> tuple[bytes, bytes]:

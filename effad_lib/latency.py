@@ -23,14 +23,14 @@ from torch import Tensor
 from effad_lib.datasets import Sample
 from effad_lib.detection import inspect_one
 from effad_lib.detector import EfficientAD
-from effad_lib.engines import Exported, Inspector, check_threads, load_exported
+from effad_lib.engines import Exported, Inspector, load_exported
 from effad_lib.export import LEAST_OPSET, ExportSettings, convert, in_half, record, save, to_onnx
 from effad_lib.images import Size, check_size, read_image
 from effad_lib.memory import kept_memory
 from effad_lib.metrics import image_auroc
 from effad_lib.networks import check_network, multiply_adds
 from effad_lib.reading import fitted
-from effad_lib.settings import Settings, cores, pick_device
+from effad_lib.settings import Settings, check_threads, cores, pick_device
 
 PRECISIONS = ("float32", "float16", "int8")
 

@@ -250,10 +250,11 @@ def _check_mode(path: str | Path, what: str, image: Image.Image, modes: tuple[st
     raw = " ".join(str(argument) for tile in image.tile for argument in tile[1:])
     mode = "16 bits a channel" if ";16" in raw and not grey else image.mode
     if mode not in modes:
-        levels = grey and what == "an image"
-        but = "`effad train` takes it with the values of black and white, such as --levels 0 4095. " if levels else ""
-        remedy = f"{but}{'Else save' if but else 'Save'} it as 8-bit RGB or 8-bit grey first."
-        raise ImageError(f"{path}: image mode {mode} is not supported{' as it is' if but else ''}. {remedy}")
+        said, remedy = f"{path}: image mode {mode} is not supported", "save it as 8-bit RGB or 8-bit grey first."
+        if grey and what == "an image":
+            levels = "`effad train` takes it with the values of black and white, such as --levels 0 4095."
+            raise ImageError(f"{said} as it is. {levels} Else {remedy}")
+        raise ImageError(f"{said}. S{remedy[1:]}")
 
 
 def read_mask(path: str | Path, shape: Size | None = None, level: int = 128) -> np.ndarray:

@@ -26,6 +26,10 @@ SEEDS = range(2**63)
 """Seeds that every generator of random numbers takes."""
 
 
+MOST_THREADS = 1024
+"""Threads of the CPU that may be asked for; the runtimes start as many, whatever there is."""
+
+
 class SettingsError(ValueError):
     """A setting with an unknown name, a wrong type or an impossible value."""
 
@@ -165,6 +169,12 @@ def pick_device(name: str = "auto") -> torch.device:
 def cores() -> int:
     """Return how many cores of the CPU this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_threads(threads: int) -> None:
+    """Raise `SettingsError` for a number of threads that cannot be."""
+    if not 0 <= threads <= MOST_THREADS:
+        raise SettingsError(f"threads = {threads}: threads takes a number up to {MOST_THREADS}, or 0 for the default.")
 
 
 def device_name(device: torch.device) -> str:

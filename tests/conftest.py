@@ -12,14 +12,18 @@ import torch
 import yaml
 from counting import CELLS, notebook
 from PIL import Image
+from striped import CHANNELS, SIDE, striped, write_teacher
 
 from effad_lib.calibration import calibrate
+from effad_lib.datasets import load_dataset
 from effad_lib.detector import EfficientAD
 from effad_lib.evaluation import data_of, evaluate
 from effad_lib.export import ExportSettings, export
 from effad_lib.images import find_images, load_images, packaged_photographs
+from effad_lib.networks import PDN
 from effad_lib.runs import Run, write_text
 from effad_lib.sweeps import SweepSettings
+from effad_lib.training import TrainingSettings, train
 from effad_lib.viewer import of_run, open_viewer
 
 # Started in the background by a shell, the tests and all that they start would be deaf to Ctrl-C.
@@ -55,6 +59,44 @@ def small_detector() -> EfficientAD:
 def model(small_detector, tmp_path_factory):
     """The small detector as a file."""
     return small_detector.save(tmp_path_factory.mktemp("model") / "model.safetensors", {"data": "random images"})
+
+
+@pytest.fixture
+def stripes(tmp_path):
+    """A folder of 16 good pictures of stripes, 64×64."""
+    folder = tmp_path / "stripes"
+    (folder / "train" / "good").mkdir(parents=True)
+    for index in range(16):
+        Image.fromarray(striped(index)).save(folder / "train" / "good" / f"{index:03}.png")
+    return folder
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A small teacher with random weights."""
+    torch.manual_seed(0)
+    return write_teacher(tmp_path / "teacher.safetensors", PDN("XS", CHANNELS))
+
+
+@pytest.fixture
+def start(tmp_path, stripes, teacher):
+    """Train with small settings in a named run folder; keyword arguments change the settings."""
+    split = load_dataset("folder", root=stripes)
+
+    def start(name: str, split=split, **changes) -> tuple[EfficientAD, Run]:
+        values = {"steps": 12, "validate_every": 4, "checkpoint_every": 4, "learning_rate": 1e-3, **changes}
+        settings = TrainingSettings(
+            run_folder=str(tmp_path / name),
+            dataset="folder",
+            size="XS",
+            teacher=str(teacher),
+            image_size=[SIDE, SIDE],
+            penalty_crop_scale=[0.1, 0.5],
+            **values,
+        )
+        return train(settings, split), Run(tmp_path / name)
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 import signal
@@ -12,78 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import save_file
+from striped import CHANNELS, SIDE, striped, weights_equal, write_teacher
 
-from effad_lib import losses, training
-from effad_lib.backbones import file_sha256
-from effad_lib.datasets import DatasetError, load_dataset
+from effad_lib import training
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import prefetched
 from effad_lib.execution.lock import RUN_LOCK, Lock, LockError
-from effad_lib.images import ImageError
-from effad_lib.memory import OutOfMemory
 from effad_lib.networks import PDN, initialise
-from effad_lib.runs import Run, RunError
+from effad_lib.runs import Run
 from effad_lib.settings import SettingsError
-from effad_lib.training import HEAD_RATES, Losses, TrainingSettings, train
-
-SIDE, CHANNELS = 64, 8
-
-
-def striped(index: int) -> np.ndarray:
-    """One of many alike pictures: vertical stripes whose phase depends on the index."""
-    columns = 128 + 90 * np.sin((np.arange(SIDE) + index) * 2 * np.pi / 16)
-    return np.stack([np.tile(columns, (SIDE, 1))] * 3, axis=-1).astype(np.uint8)
-
-
-@pytest.fixture
-def stripes(tmp_path):
-    folder = tmp_path / "stripes"
-    (folder / "train" / "good").mkdir(parents=True)
-    for index in range(16):
-        Image.fromarray(striped(index)).save(folder / "train" / "good" / f"{index:03}.png")
-    return folder
-
-
-def write_teacher(path, pdn):
-    """Write a teacher file of the shipped layout."""
-    save_file({name: value.contiguous() for name, value in pdn.state_dict().items()}, path)
-    card = {"size": "XS", "channels": CHANNELS, "sha256": file_sha256(path), "network": "PDN-XS"}
-    path.with_suffix(".json").write_text(json.dumps(card))
-    return path
-
-
-@pytest.fixture
-def teacher(tmp_path):
-    """A small teacher with random weights."""
-    torch.manual_seed(0)
-    return write_teacher(tmp_path / "teacher.safetensors", PDN("XS", CHANNELS))
-
-
-@pytest.fixture
-def start(tmp_path, stripes, teacher):
-    """Train with small settings in a named run folder; keyword arguments change the settings."""
-    split = load_dataset("folder", root=stripes)
-
-    def start(name: str, split=split, **changes) -> tuple[EfficientAD, Run]:
-        values = {"steps": 12, "validate_every": 4, "checkpoint_every": 4, "learning_rate": 1e-3, **changes}
-        settings = TrainingSettings(
-            run_folder=str(tmp_path / name),
-            dataset="folder",
-            size="XS",
-            teacher=str(teacher),
-            image_size=[SIDE, SIDE],
-            penalty_crop_scale=[0.1, 0.5],
-            **values,
-        )
-        return train(settings, split), Run(tmp_path / name)
-
-    return start
-
-
-def weights_equal(one: EfficientAD, other: EfficientAD) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+from effad_lib.training import HEAD_RATES, Losses
 
 
 def test_losses_fall_and_the_model_reloads_to_the_same_maps(start):
@@ -249,7 +185,7 @@ def test_the_teacher_sees_each_training_image_once_before_the_first_step(start, 
         seen.clear()
         with pytest.raises(Enough):
             start(name, cache_gb=cache_gb)
-        assert sum(seen) == 1 + images  # one tells how much room is needed
+        assert sum(seen) == images
         assert ("features of 13 images take" in capsys.readouterr().err) == (name == "without")
 
 
@@ -284,146 +220,3 @@ def test_weights_scale_the_terms(start, monkeypatch):
 
     assert weights_equal(last_weights("a", 0.0, 0.1), last_weights("b", 0.0, 0.9))
     assert not weights_equal(last_weights("c", 1.0, 0.1), last_weights("d", 1.0, 0.9))
-
-
-def test_resume_with_other_settings_is_refused(start):
-    start("run")
-    with pytest.raises(RunError, match=r"learning_rate: 0\.001 there, 0\.002 now"):
-        start("run", learning_rate=2e-3)
-
-
-def test_truncated_checkpoint_is_named(start, monkeypatch):
-    _, run = start("run")
-    run.model.unlink()
-    last = run.folder / "checkpoints" / "last.pt"
-    last.write_bytes(last.read_bytes()[:1000])
-    with pytest.raises(RunError, match=r"last\.pt cannot be read"):
-        start("run")
-
-
-def test_loss_that_is_not_finite_stops_at_the_checkpoint_before(start, monkeypatch, tmp_path):
-    values = iter([1.0, float("nan")])
-    monkeypatch.setattr(training.Trainer, "validation_losses", lambda self: (next(values), 0.0, 0.0))
-    with pytest.raises(RunError, match="not finite at step 8"):
-        start("run")
-    assert Run(tmp_path / "run").load_checkpoint("last")["step"] == 4
-
-
-def test_a_loss_that_is_not_finite_between_two_validations_names_step_and_image(start, monkeypatch, tmp_path):
-    """The state after it is never saved, though a checkpoint is due before the next validation."""
-    steps, hard_feature_loss = iter(range(1, 100)), losses.hard_feature_loss
-    monkeypatch.setattr(
-        losses, "hard_feature_loss", lambda *args: hard_feature_loss(*args) * (float("inf") if next(steps) == 6 else 1)
-    )
-    with pytest.raises(RunError, match=r"not finite at step 6, on \S+/train/good/\d{3}\.png\. .*now 0\.001"):
-        start("run", validate_every=12)
-    saved = Run(tmp_path / "run").load_checkpoint("last")
-    assert saved["step"] == 4 and all(value.isfinite().all() for value in saved["student"].values())
-
-
-def test_an_optimiser_that_overflows_stops_at_the_checkpoint_before(start, monkeypatch, tmp_path):
-    """With finite losses and weights: Adam divides by the infinite root, so those weights only stand still."""
-    train_step = training.Trainer.train_step
-
-    def overflowing(self, draw):
-        if self.step == 6:
-            self.optimiser.state[self.detector.student.head.bias]["exp_avg_sq"].fill_(float("inf"))
-        return train_step(self, draw)
-
-    monkeypatch.setattr(training.Trainer, "train_step", overflowing)
-    with pytest.raises(RunError, match=r"the optimiser's is not finite after step 8\. .* lower learning_rate"):
-        start("run")
-    assert [Run(tmp_path / "run").load_checkpoint(name)["step"] for name in ("last", "best")] == [4, 4]
-
-
-def test_a_batch_too_large_for_the_memory_is_named_with_its_size(start, monkeypatch):
-    monkeypatch.setattr(training.Trainer, "train_step", lambda self, draw: torch.empty(2**50))
-    with pytest.raises(OutOfMemory, match=r"run: out of memory .* image_size = \[64, 64\], batch_size = 1, .* smaller"):
-        start("run")
-
-
-def test_a_student_that_has_died_is_said_to_have(start, monkeypatch):
-    detector, _ = start("alive")
-    assert detector.card["dead_channels"] < 0.9
-    kill = training.Trainer.train_step
-
-    def killed(self, draw):
-        terms = kill(self, draw)
-        last = [layer for layer in self.detector.student.trunk if isinstance(layer, torch.nn.Conv2d)][-1]
-        with torch.no_grad():
-            last.bias.fill_(-1e6)
-        return terms
-
-    monkeypatch.setattr(training.Trainer, "train_step", killed)
-    with pytest.warns(
-        UserWarning, match=r"100 % of the student's .* it has died .* lower learning_rate \(here 0\.001\)"
-    ):
-        detector, _ = start("dead")
-    assert detector.card["dead_channels"] == 1
-
-
-def test_another_teacher_neither_continues_nor_passes_as_the_first(start, teacher):
-    start("run")
-    card = json.loads(teacher.with_suffix(".json").read_text())
-    torch.manual_seed(5)
-    save_file({name: value.contiguous() for name, value in PDN("XS", CHANNELS).state_dict().items()}, teacher)
-    digest = file_sha256(teacher)
-    teacher.with_suffix(".json").write_text(json.dumps(card | {"sha256": digest}))
-    with pytest.raises(RunError, match=r"teacher: \w{12} there, \w{12} now"):
-        start("run")
-
-
-def test_a_mask_that_does_not_fit_is_an_error_before_any_step(start, stripes, monkeypatch):
-    monkeypatch.setattr(training.Trainer, "train_step", lambda self, draw: pytest.fail("trained"))
-    for folder, name, size in (("test/cut", "0.png", SIDE), ("ground_truth/cut", "0_mask.png", 2 * SIDE)):
-        (stripes / folder).mkdir(parents=True)
-        Image.fromarray(np.full((size, size), 255, np.uint8)).save(stripes / folder / name)
-    (stripes / "test" / "good").mkdir()
-    (stripes / "test" / "good" / "broken.png").write_bytes(b"not an image")
-    with pytest.raises(DatasetError, match=r"1 of 1 samples are faulty\.\n.*0_mask\.png"):
-        start("run", split=load_dataset("folder", root=stripes))
-
-
-def test_corrupt_training_image_is_an_error_before_any_step(start, stripes, monkeypatch):
-    monkeypatch.setattr(training.Trainer, "train_step", lambda self, draw: pytest.fail("trained"))
-    for path in (stripes / "train" / "good").glob("*.png"):
-        path.write_bytes(b"not an image")
-    with pytest.raises(ImageError, match=r"\.png"):
-        start("run")
-
-
-def test_a_rate_that_too_few_images_can_keep_is_refused_before_any_step(start, monkeypatch, tmp_path):
-    train_step = training.Trainer.train_step
-    monkeypatch.setattr(training.Trainer, "train_step", lambda self, draw: pytest.fail("trained"))
-    with pytest.raises(SettingsError, match=r"needs 29 held-out normal images, there are 3\."):
-        start("run", false_alarm_rate=0.1)
-    assert not (tmp_path / "run").exists(), "the folder takes a wish that can be kept"
-    monkeypatch.setattr(training.Trainer, "train_step", train_step)
-    detector, run = start("run", false_alarm_rate=0.5, confidence=0.4)
-    rule = {name: detector.calibration[name] for name in ("false_alarm_rate", "confidence", "normals", "rank")}
-    assert rule == {"false_alarm_rate": 0.5, "confidence": 0.4, "normals": 3, "rank": 2}  # 1/8 < 0.4 ≤ 4/8
-    assert detector.threshold == detector.calibration["scores"][1] == EfficientAD.load(run.model).threshold
-
-
-def test_full_disk_is_reported_and_keeps_the_last_checkpoint(start, monkeypatch, tmp_path, full_disk):
-    save = Run.save_checkpoint
-
-    def fuller(self, name, state):
-        with full_disk(100_000) if state["step"] > 4 else contextlib.nullcontext():
-            return save(self, name, state)
-
-    monkeypatch.setattr(Run, "save_checkpoint", fuller)
-    with pytest.raises(RunError, match=r"cannot write .*\.pt: File too large"):
-        start("run")
-    monkeypatch.undo()
-    assert Run(tmp_path / "run").load_checkpoint("last")["step"] == 4
-    whole, _ = start("whole")
-    resumed, _ = start("run")
-    assert weights_equal(whole, resumed)
-
-
-def test_teacher_of_another_size_is_refused(stripes, teacher, tmp_path):
-    settings = TrainingSettings(run_folder=str(tmp_path / "run"), size="S", teacher=str(teacher), image_size=[64, 64])
-    with pytest.raises(SettingsError, match="of size XS, the training of size S"):
-        train(settings, load_dataset("folder", root=stripes))
-    assert not (tmp_path / "run").exists()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from effad_lib.engines import check_threads
-from effad_lib.settings import Settings
+from effad_lib.settings import Settings, check_threads
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,11 @@ def synthesize(settings: SynthesisSettings) -> Path:
 
 def put_back(folder: Path) -> None:
     """Bring back the data set of a folder if a process that was to replace it was killed when it had moved it away."""
-    for old in [] if folder.exists() else folder.parent.glob(f".{_old(folder).name}.*.partial"):
-        with suppress(OSError):  # another process has done so
-            old.rename(folder)
+    if folder.exists():
         return
+    if left := next(folder.parent.glob(f".{_old(folder).name}.*.partial"), None):
+        with suppress(OSError):  # another process has done so
+            left.rename(folder)
 
 
 def _old(folder: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from effad_lib.distillation import channel_statistics, prefetched
 from effad_lib.documents import is_number, is_seconds, is_whole
 from effad_lib.images import NaturalImages, change_colour, draw_colours, to_float
 from effad_lib.memory import kept_memory
-from effad_lib.networks import initialise
+from effad_lib.networks import feature_size, initialise
 from effad_lib.progress import progress, say
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
 from effad_lib.settings import cores
@@ -85,14 +84,14 @@ class Trainer:
 
         If `anew`, set mean and deviation of the teacher's channels over the images (Algorithm 1, line 3 ff.) as well.
         """
-        detector, images, room = self.detector, self.images, self.settings.cache_gb * 2**30
-        first = detector.teacher(detector.normalise(to_float(images[:1])))
-        needed = first.nbytes * len(images)
-        cache = first.new_empty((len(images), *first.shape[1:])) if needed <= room else None
+        detector, images, room = self.detector, self.images, self.settings.cache_gb
+        shape = len(images), detector.channels, *feature_size(images.shape[2:], detector.padding)
+        needed = math.prod(shape) * 4 / 2**30  # in float32
+        cache = torch.empty(shape, device=self.device) if needed <= room else None
         if cache is None and room:
             say(
-                f"the teacher's features of {len(images)} images take {needed / 2**30:.1f} GB, cache_gb is "
-                f"{self.settings.cache_gb:g}: each step computes those of its images again."
+                f"the teacher's features of {len(images)} images take {needed:.1f} GB, cache_gb is {room:g}: each "
+                f"step computes those of its images again."
             )
 
         def outputs() -> Iterator[Tensor]:
@@ -107,7 +106,8 @@ class Trainer:
             detector.teacher_mean.copy_(mean)
             detector.teacher_std.copy_(deviation)
         elif cache is not None:
-            deque(outputs(), maxlen=0)
+            for _ in outputs():
+                pass
         return None if cache is None else cache.sub_(detector.teacher_mean).div_(detector.teacher_std)
 
     def loop(self) -> None:
