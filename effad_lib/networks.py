@@ -212,11 +212,12 @@ def multiply_adds(network: nn.Module, image_size: Size = (256, 256)) -> int:
 
 
 @torch.no_grad()
-def initialise(pdn: PDN, images: Tensor) -> Tensor:
+def initialise(pdn: PDN, images: Tensor, deviation: float = 1.0) -> Tensor:
     """Give the PDN He weights, each layer scaled to unit variance on `images` (normalised [N, 3, H, W]).
 
-    Returns the last layer's input [N, C, h, w]. Ours, for short schedules: torch's default initialisation passes on so
-    little variance that the first hundreds of steps are spent on growing it.
+    Its output gets the standard deviation `deviation`; 0 lets it begin at zero, the mean of what it learns. Returns the
+    last layer's input [N, C, h, w]. Ours, for short schedules: torch's default initialisation passes on so little
+    variance that the first hundreds of steps are spent on growing it.
     """
     features = images
     for layer in [*pdn.trunk, pdn.head]:
@@ -226,4 +227,5 @@ def initialise(pdn: PDN, images: Tensor) -> Tensor:
             layer.weight /= layer(features).std().clamp(min=1e-6)
         if layer is not pdn.head:
             features = layer(features)
+    pdn.head.weight *= deviation
     return features

@@ -21,6 +21,7 @@ from effad_lib.memory import OutOfMemory
 from effad_lib.networks import PDN
 from effad_lib.runs import Run, RunError
 from effad_lib.settings import SettingsError
+from effad_lib.synthesis import SynthesisSettings, synthesize
 from effad_lib.training import TrainingSettings, train
 
 
@@ -98,6 +99,24 @@ def test_a_student_that_has_died_is_said_to_have(start, monkeypatch):
     ):
         detector, _ = start("dead")
     assert detector.card["dead_channels"] == 1
+
+
+def test_a_scaled_student_stays_alive_on_a_dense_weave(tmp_path):
+    """With a last layer of noise to unlearn, nearly all last hidden channels were zero for good after these steps."""
+    few = {"image_size": (128, 128), "train": 20, "test_good": 1, "test_per_defect": 1}
+    synthesize(SynthesisSettings(product="fabric", data_root=str(tmp_path), **few))
+    settings = TrainingSettings(
+        run_folder=str(tmp_path / "run"),
+        size="XS",
+        image_size=[128, 128],
+        steps=40,
+        learning_rate=5e-4,
+        schedule="constant",
+        initialisation="scaled",
+        penalty_crop_scale=[0.05, 0.5],
+    )
+    detector = train(settings, load_dataset("synthetic", root=tmp_path, category="fabric"))
+    assert detector.card["dead_channels"] < 0.5
 
 
 def test_another_teacher_neither_continues_nor_passes_as_the_first(start, teacher):

@@ -64,7 +64,8 @@ class Trainer:
         if state is None:
             self.teacher_cache = self._ask_teacher(anew=True)
             if settings.initialisation == "scaled":
-                initialise(detector.student, detector.normalise(to_float(self.images[:8])))
+                # From zero: a random last layer is noise to unlearn, by which others die on some products.
+                initialise(detector.student, detector.normalise(to_float(self.images[:8])), deviation=0.0)
         body = [*detector.student.trunk.parameters(), *detector.autoencoder.parameters()]
         head = [*detector.student.head.parameters()]
         self.optimiser = torch.optim.Adam(
