@@ -212,20 +212,22 @@ def multiply_adds(network: nn.Module, image_size: Size = (256, 256)) -> int:
 
 
 @torch.no_grad()
-def initialise(pdn: PDN, images: Tensor, deviation: float = 1.0) -> Tensor:
-    """Give the PDN He weights, each layer scaled to unit variance on `images` (normalised [N, 3, H, W]).
+def initialise(network: PDN | Autoencoder, images: Tensor, deviation: float = 1.0) -> None:
+    """Give a network He weights, each convolution scaled to unit variance on `images` (normalised [N, 3, H, W]).
 
-    Its output gets the standard deviation `deviation`; 0 lets it begin at zero, the mean of what it learns. Returns the
-    last layer's input [N, C, h, w]. Ours, for short schedules: torch's default initialisation passes on so little
-    variance that the first hundreds of steps are spent on growing it.
+    The last one's output gets the standard deviation `deviation`; 0 lets it begin at zero, the mean of what it learns.
+    Ours, for short schedules: torch's default initialisation passes on so little variance that the first hundreds of
+    steps are spent on growing it.
     """
-    features = images
-    for layer in [*pdn.trunk, pdn.head]:
-        if isinstance(layer, nn.Conv2d):
-            layer.weight.copy_(nn.init.kaiming_normal_(torch.empty(layer.weight.shape)))  # whatever its order in memory
-            nn.init.zeros_(layer.bias)
-            layer.weight /= layer(features).std().clamp(min=1e-6)
-        if layer is not pdn.head:
-            features = layer(features)
-    pdn.head.weight *= deviation
-    return features
+
+    def draw(layer: nn.Conv2d, inputs: tuple[Tensor]) -> None:
+        layer.weight.copy_(nn.init.kaiming_normal_(torch.empty(layer.weight.shape)))  # whatever its order in memory
+        nn.init.zeros_(layer.bias)
+        layer.weight /= layer.forward(*inputs).std().clamp(min=1e-6)
+
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    hooks = [layer.register_forward_pre_hook(draw) for layer in convolutions]
+    network(images)
+    for hook in hooks:
+        hook.remove()
+    convolutions[-1].weight *= deviation

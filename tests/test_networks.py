@@ -195,3 +195,20 @@ def test_a_seed_gives_the_same_weights_whatever_their_order_in_memory():
         networks.initialise(network, batch)
         drawn.append([weight.detach() for weight in network.parameters()])
     torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [PDN, Autoencoder], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("size", ["S", "M", "XS"])
+def test_scaled_layers_have_unit_variance_but_for_the_last(build, size):
+    network, batch = build(size, 8).eval(), torch.rand(4, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    deviations = []
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    for last in (1.0, 0.5, 0.0):
+        networks.initialise(network, batch, last)
+        hooks = [layer.register_forward_hook(lambda *seen: deviations.append(seen[2].std())) for layer in convolutions]
+        with torch.no_grad():
+            network(batch)
+        for hook in hooks:
+            hook.remove()
+        torch.testing.assert_close(torch.stack(deviations), torch.tensor([1.0] * (len(hooks) - 1) + [last]))
+        deviations.clear()

@@ -167,9 +167,10 @@ def fit_initialisation(pdn: PDN, images: Tensor, targets: Tensor, ridge: float =
 
     `images` normalised [N, 3, H, W], `targets` standardised [N, C, h, w]. Ours, for short schedules.
     """
-    features = initialise(pdn, images)
     if pdn.padding:
         raise SettingsError("initialisation = 'fitted' needs padding = False: it regresses on cells with a full field.")
+    initialise(pdn, images)
+    features = pdn.trunk(images)
     kernel, channels = pdn.head.kernel_size[0], features.shape[1]
     wide = channels * kernel * kernel
     gram = torch.zeros(wide + 1, wide + 1, dtype=torch.float64)

@@ -64,8 +64,10 @@ class Trainer:
         if state is None:
             self.teacher_cache = self._ask_teacher(anew=True)
             if settings.initialisation == "scaled":
-                # From zero: a random last layer is noise to unlearn, by which others die on some products.
-                initialise(detector.student, detector.normalise(to_float(self.images[:8])), deviation=0.0)
+                first = detector.normalise(to_float(self.images[:8]))
+                for network in (detector.student, detector.autoencoder):
+                    # From zero: a random last layer is noise to unlearn, by which other layers die on some products.
+                    initialise(network, first, deviation=0.0)
         body = [*detector.student.trunk.parameters(), *detector.autoencoder.parameters()]
         head = [*detector.student.head.parameters()]
         self.optimiser = torch.optim.Adam(
