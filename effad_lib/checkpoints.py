@@ -13,6 +13,7 @@ from torch import Tensor
 
 from effad_lib.documents import Takes, fault, is_number, is_whole, short
 from effad_lib.runs import Run, RunError
+from effad_lib.tensors import leaves
 
 LEARNED = {"Adam": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("average",)}
 """What an optimiser keeps of each weight: the number of its steps, and means of the weight's shape."""
@@ -55,13 +56,10 @@ def check_plain(state: dict[str, Any], takes: Takes) -> None:
 
 def broken(value: Any) -> bool:
     """Whether a tensor or a number anywhere in a state is not finite: such a state is neither saved nor continued."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return any(map(broken, value))
-    if isinstance(value, float):
-        return not math.isfinite(value)
-    return hasattr(value, "isfinite") and not bool(value.isfinite().all())
+    return any(
+        not math.isfinite(leaf) if isinstance(leaf, float) else isinstance(leaf, Tensor) and not leaf.isfinite().all()
+        for leaf in leaves(value)
+    )
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, kept: dict[str, Any], steps: int, *, skips: bool) -> None:

@@ -157,6 +157,8 @@ class EfficientAD(nn.Module):
                 raise ValueError(f"its card has {card['channels']} channels, its weights {measured}")
             if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
                 raise ValueError(f"{broken[0]} holds NaN or infinite values")
+            if whole := [name for name, value in weights.items() if not value.is_floating_point()]:
+                raise ValueError(f"{whole[0]} holds {weights[whole[0]].dtype}, where floats should be")
             detector = cls(card["size"], card["channels"], card["padding"], tuple(card["image_size"]))
             detector.load_state_dict(weights)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:

@@ -44,6 +44,9 @@ SETTINGS: dict[str, type[Settings]] = {
 WRITTEN = {"01_data_synthesis": ("data_root",), "06_sweeps": ("runs",)}
 """Parameters that name a folder in which a notebook writes, beside its run folder."""
 
+REPLACES = {"01_data_synthesis": "overwrite", "06_sweeps": "force"}
+"""Parameters by which a notebook replaces or deletes what is in such a folder."""
+
 FOLDER = r"\w[\w.-]*"
 """The name of a run folder."""
 
@@ -189,19 +192,29 @@ def make_step(notebook: str, folder: Path, given: dict[str, Any], *, runs: Path,
 
 
 def _check_places(notebook: str, values: dict[str, Any], runs: Path) -> None:
-    """Raise `ProfileError` for a folder to write in that is neither below `runs` nor the project's own for that.
+    """Raise `ProfileError` for a folder to write in that is neither below `runs` nor the project's own for that, for
+    one of the project's own that would be replaced, and for the address of a scheduler.
 
-    A sweep may come from anybody, and is no way to render over, or to delete, what lies elsewhere.
+    A sweep may come from anybody, and is no way to render over, or to delete, what is not its own. A scheduler sends
+    pickled functions to whoever calls it.
     """
-    names = WRITTEN.get(notebook, ())
+    if (address := values.get("scheduler", "")) not in ("", "local"):
+        raise ProfileError(
+            f"scheduler = {address!r}: who answers there may have code executed here, so no file may name it. Name it "
+            f"yourself: effad sweep FILE --scheduler {address}"
+        )
+    names, flag = WRITTEN.get(notebook, ()), REPLACES.get(notebook, "")
+    replaces = bool(values.get(flag))
     if values.get("dataset") == "synthetic" and "data_root" in values:
         names += () if is_rendered(values["data_root"], values.get("category", "")) else ("data_root",)
     for name in names:
-        place, own = resolve(values[name] or "data/synthetic"), [runs, PROJECT / "data", PROJECT / "runs"]
-        if not any(place.is_relative_to(resolve(folder)) for folder in own):
+        own = [runs] if replaces else [runs, PROJECT / "data", PROJECT / "runs"]
+        if not any(resolve(values[name] or "data/synthetic").is_relative_to(resolve(folder)) for folder in own):
+            what = "replace what is" if replaces else "write"
+            more = f" with {flag}" if replaces else ", or in data or runs of the project"
             raise ProfileError(
-                f"{name} = {values[name]!r}: {notebook} may write there, which a file may only ask for in {{runs}}, or "
-                f"in data or runs of the project. Execute that notebook with papermill for a folder of your own."
+                f"{name} = {values[name]!r}: {notebook} may {what} there, which a file may only ask for in {{runs}}"
+                f"{more}. Execute that notebook with papermill for a folder of your own."
             )
 
 

@@ -34,6 +34,7 @@ from effad_lib.documents import (
     read_json,
     read_yaml,
 )
+from effad_lib.tensors import read_torch
 
 if TYPE_CHECKING:
     import pandas
@@ -346,13 +347,13 @@ class Run:
         path = self.folder / "checkpoints" / f"{name}.pt"
         if not path.is_file():
             return None
-        import torch
-
         remedy = "Delete it to start this run anew."
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_torch(path)
         except Exception as error:
-            raise RunError(f"{path} cannot be read as a checkpoint ({type(error).__name__}). {remedy}") from error
+            # Not in torch's own words, which advise to execute what a file that was sent holds.
+            kind = str(error) if type(error) is ValueError else type(error).__name__
+            raise RunError(f"{path} cannot be read as a checkpoint ({kind}). {remedy}") from error
         if not isinstance(state, dict):
             raise RunError(f"{path} cannot be read as a checkpoint, it holds {type(state).__name__}. {remedy}")
         return state

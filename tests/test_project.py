@@ -15,10 +15,10 @@ import yaml
 from effad_lib.runs import PROJECT
 
 ROOMS = (
-    "documents settings memory progress reading cards images runs checkpoints consent execution provenance synthesis "
-    "convolution networks metrics losses backbones datasets engines tiling detector distillation calibration training "
-    "plots charts diagrams evaluation probing designs detection watching export latency benchmark viewer published "
-    "profiles batch reports sweeps cli"
+    "documents tensors settings memory progress reading cards images runs checkpoints consent execution provenance "
+    "synthesis convolution networks metrics losses backbones datasets engines tiling detector distillation calibration "
+    "training plots charts diagrams evaluation probing designs detection watching export latency benchmark viewer "
+    "published profiles batch reports sweeps cli"
 ).split()
 """The rooms of effad_lib, ground floor first: each may import only those before it."""
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -230,6 +231,9 @@ def test_a_run_that_was_sent_renders_nothing(evaluated_run, tmp_path, capsys):
         {"notebooks": ["01_data_synthesis"], "parameters": {"data_root": "{runs}/../../../../mine"}},
         {"notebooks": ["03_training"], "parameters": {"dataset": "synthetic", "data_root": "{mine}"}},
         {"notebooks": ["06_sweeps"], "parameters": {"runs": "{mine}", "force": True}},
+        {"notebooks": ["06_sweeps"], "parameters": {"sweep": "quick", "force": True}},  # runs/sweeps of the project
+        {"notebooks": ["01_data_synthesis"], "parameters": {"product": "gasket", "overwrite": True}},
+        {"notebooks": ["01_data_synthesis"], "parameters": {"data_root": "data/mine", "overwrite": True}},
     ],
 )
 def test_a_sweep_chooses_no_folder_elsewhere(content, tmp_path, capsys):
@@ -239,6 +243,20 @@ def test_a_sweep_chooses_no_folder_elsewhere(content, tmp_path, capsys):
         command = ["sweep", tmp_path / "sent.yaml", "--runs", tmp_path / "runs", *more]
         command_refused(capsys, command, "(data_root|runs) = .*which a file may only ask for in {runs}")
     assert not (tmp_path / "mine").exists() and not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_calls_no_scheduler_of_its_own_choice(tmp_path, capsys):
+    """Dask unpickles what the scheduler answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        parameters = {"runs": "{runs}/x", "scheduler": f"tcp://127.0.0.1:{server.getsockname()[1]}"}
+        (tmp_path / "sent.yaml").write_text(yaml.safe_dump({"notebooks": ["06_sweeps"], "parameters": parameters}))
+        for more in ([], ["--dry-run"]):
+            command = ["sweep", tmp_path / "sent.yaml", "--runs", tmp_path / "runs", *more]
+            command_refused(capsys, command, "scheduler = 'tcp:.*no file may name it.*--scheduler tcp:")
+        with pytest.raises(BlockingIOError):
+            server.accept()  # nobody has called
+    assert not (tmp_path / "runs").exists()
 
 
 # --- names in pages and tables --------------------------------------------------------------------------------------

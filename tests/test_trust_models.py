@@ -81,6 +81,7 @@ CARDS = {  # change of a model's card (None takes a field away), and what is sai
 
 WEIGHTS = {  # change of a model's weights, and what is said
     "NaN in the student": (lambda w: w["student.head.weight"].view(-1)[:1].fill_(NAN), "student.head.weight holds NaN"),
+    "whole numbers": (lambda w: w.update({k: v.long() for k, v in w.items()}), "torch.int64, where floats should"),
     "infinite in the mean": (lambda w: w["teacher_mean"].fill_(INFINITE), "teacher_mean holds NaN or infinite"),
     "NaN among the quantiles": (lambda w: w["quantiles"].fill_(NAN), "quantiles holds NaN"),
     "a layer missing": (lambda w: w.pop("student.head.bias"), "not a whole effad model"),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 from trust import Malicious, command_refused, refused
 
-from effad_lib.backbones import file_sha256
+from effad_lib.backbones import file_sha256, load_backbone
 from effad_lib.checkpoints import restore_scaler
 from effad_lib.datasets import load_dataset
 from effad_lib.distillation import load_teacher
@@ -58,6 +61,8 @@ TEACHERS = {
     "a layer missing": (lambda: {"head.bias": layers()["head.bias"]}, "needs shape .*, the file has nothing"),
     "another shape": (lambda: layers() | {"trunk.0.bias": torch.zeros(3)}, r"trunk.0.bias needs shape \(48,\)"),
     "nothing": (dict, "its card has 8 channels, its weights 0"),
+    "truths": (lambda: layers() | {"head.bias": torch.ones(8) > 0}, "head.bias holds torch.bool, where floats should"),
+    "whole numbers": (lambda: {name: value.long() for name, value in layers().items()}, "holds torch.int64, where"),
 }  # fmt: skip
 
 
@@ -103,6 +108,68 @@ def test_files_that_are_no_teachers(tmp_path, ending, kind):
     says = refused(lambda: load_teacher(path), "not a safetensors file or a plain state dict|not a plain state dict")
     assert "weights_only" not in says and "\n" not in says, "torch advises to execute the file"
     assert not trace.exists()
+
+
+def stretched():
+    """Seven times the memory of any machine from one number."""
+    return torch.zeros(1).expand(10**12)
+
+
+def quantised():
+    return torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.quint8)
+
+
+ODD_TENSORS = {  # made when they are asked for, and what is said
+    "stretched": (lambda: {"more": stretched()}, "its tensors have more numbers than it holds"),
+    "one many times": (lambda: dict.fromkeys("abcdefgh", torch.zeros(10**5)) | {"c": torch.ones(10**5)[:]}, ""),
+    "views of one": (lambda: {str(k): x[k:] for x in [torch.zeros(10**5)] for k in range(9)}, "its tensors have more"),
+    "sparse": (lambda: {"more": torch.eye(3).to_sparse()}, "one of its tensors is sparse_coo"),
+    "quantised": (lambda: {"more": quantised()}, "one of its tensors is quantised"),
+    "complex": (lambda: {"more": torch.ones(3, dtype=torch.complex64)}, "one of its tensors is complex"),
+    "nowhere": (lambda: {"more": torch.ones(3, device="meta")}, "one of its tensors is without numbers"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["stored", "packed"])
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, that quantised tensors will go
+def test_tensors_that_no_file_of_weights_has(interrupted, tmp_path, kind, packed):
+    """A few bytes can stand for terabytes: by strides of zero, or packed."""
+    (make, says), (settings, split, state) = ODD_TENSORS[kind], interrupted
+    checkpoint = Run(settings.run_folder).folder / "checkpoints" / "last.pt"
+    for path, content in ((tmp_path / "teacher.pth", {**layers(), **make()}), (checkpoint, {**state, **make()})):
+        torch.save(content, path)
+        if packed:
+            with zipfile.ZipFile(path) as stored:
+                parts = {name: stored.read(name) for name in stored.namelist()}
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as stored:
+                for name, part in parts.items():
+                    stored.writestr(name, part)
+    says = "it is packed" if packed else says
+    refused(lambda: load_teacher(tmp_path / "teacher.pth"), says or "not the weights of a PDN")
+    refused(lambda: load_backbone("resnet18", tmp_path / "teacher.pth"), says or "is missing")
+    if says:
+        refused(lambda: train(settings, split), f"cannot be read as a checkpoint .{says}.*Delete it to start this run")
+
+
+def test_parts_of_a_file_that_lie_over_each_other(tmp_path):
+    path = tmp_path / "teacher.pth"
+    torch.save(layers(), path)
+    with zipfile.ZipFile(path, "a") as stored:
+        twice = copy.copy(max(stored.infolist(), key=lambda entry: entry.file_size))
+        twice.filename = "archive/data/more"
+        stored.filelist.append(twice)
+        stored.NameToInfo[twice.filename] = twice
+        stored.writestr("last", b"")
+    refused(lambda: load_teacher(path), "its parts overlap")
+
+
+def test_a_backbone_with_nan(tmp_path):
+    weights = torchvision.models.resnet18(weights=None).state_dict()
+    weights["layer2.0.conv1.weight"].view(-1)[5] = NAN
+    save_file(weights, tmp_path / "weights.safetensors")
+    says = r"weights .*: model.layer2.0.conv1.weight holds NaN or infinite values. Fetch them again"
+    refused(lambda: load_backbone("resnet18", tmp_path / "weights.safetensors"), says)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
@@ -156,7 +223,7 @@ CHECKPOINTS = {  # change of the state of an interrupted training, and what is s
     "stale as text": (lambda s: s.update(stale="x"), "stale = 'x', which takes a whole number"),
     "history as number": (lambda s: s.update(history=3), "history = 3, which takes rows of numbers"),
     "history of words": (lambda s: s.update(history=[{"step": "x"}]), "history = .*, which takes rows of numbers"),
-    "history in itself": (lambda s: s["history"].append(s["history"]), "not of this version or was altered .Recursion"),
+    "history in itself": (lambda s: s["history"].append(s["history"]), "history = .*, which takes rows of numbers"),
     "kept of words": (lambda s: s.update(kept=[("a", "b")]), "kept = .*, which takes pairs of loss and step"),
     "kept of three": (lambda s: s.update(kept=[(0.5, 1, 1)]), "kept = .*, which takes pairs of loss and step"),
     "another mean": (lambda s: s.update(teacher_mean=torch.zeros(3)), "teacher_mean = .*numbers of shape"),
@@ -240,3 +307,18 @@ def test_files_that_are_no_checkpoints(interrupted, tmp_path, kind):
         torch.save([1] if kind == "list" else {**state, "step": Malicious(trace)}, path)
     refused(lambda: train(settings, split), "cannot be read as a checkpoint.*Delete it to start this run anew")
     assert not trace.exists()
+
+
+def test_a_list_that_holds_itself_many_times_over(interrupted):
+    """Two entries, each with two of the next, sixty deep: a walk through all of them would never end."""
+    settings, split, state = interrupted
+    more = [0.5]
+    for _ in range(60):
+        more = [more, more]
+    run = Run(settings.run_folder)
+    run.save_checkpoint("last", {**state, "more": more})
+    train(settings, split)
+    run.model.unlink()
+    more[0] = more[1] = [NAN]
+    run.save_checkpoint("last", {**state, "more": more})
+    refused(lambda: train(settings, split), "holds NaN or infinite values")

@@ -103,6 +103,11 @@ def load_teacher(source: str | Path, *, padding: bool = False) -> tuple[PDN, dic
         card |= {"sha256": digest}
     if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
         raise SettingsError(f"teacher {path}: {broken[0]} holds NaN or infinite values. Distil or fetch it again.")
+    if whole := [name for name, value in weights.items() if not value.is_floating_point()]:
+        kind = weights[whole[0]].dtype
+        raise SettingsError(
+            f"teacher {path}: {whole[0]} holds {kind}, where floats should be. Distil or fetch it again."
+        )
     if (channels := len(weights.get("head.bias", ()))) != card["channels"]:  # before so many are made
         raise SettingsError(f"teacher {path}: its card has {card['channels']} channels, its weights {channels}.")
     pdn = PDN(card["size"], card["channels"], padding)
