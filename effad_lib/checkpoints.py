@@ -42,9 +42,11 @@ def readable(run: Run, state: Any) -> Iterator[None]:
 
 def not_finite(run: Run, what: str, where: str, learning_rate: float) -> RunError:
     """Return what to say of a training or distillation that stops since something of it is not finite."""
+    saved = (run.folder / "checkpoints" / "last.pt").is_file()
+    kept = "The last checkpoint is from before" if saved else "No checkpoint was saved before"
     return RunError(
-        f"{run.folder}: {what} is not finite {where}. The last checkpoint is from before; lower learning_rate (now "
-        f"{learning_rate:g}) or use precision float32 in a new run folder."
+        f"{run.folder}: {what} is not finite {where}. {kept}; lower learning_rate (now {learning_rate:g}) or the "
+        f"weights of the losses, or use precision float32, in a new run folder."
     )
 
 

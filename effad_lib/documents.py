@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import yaml
 
@@ -100,6 +102,18 @@ def is_seconds(value: Any) -> bool:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
+def open_plain(path: str | Path) -> BinaryIO:
+    """Open a file to be read. Raises `OSError` for what is none, such as a pipe or a device, without waiting for it.
+
+    In a folder that was sent there may be a link to /dev/zero, which has no end.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("it is no plain file")
+    return file
+
+
 def _whole(digits: str, read: Callable[[], int]) -> int:
     """Return the whole number that `read` makes of its digits. Raises `ValueError` for more than `MOST_BITS`."""
     if len(digits) > 100 or (value := read()).bit_length() > MOST_BITS:  # reading very many digits takes long
@@ -184,7 +198,7 @@ def parse_json(text: str | bytes, source: str, kind: type = dict) -> Any:
 def _read(path: Path, most: int, remedy: str) -> bytes:
     """Return what a file holds. Raises `DocumentError` for more than `most` bytes, with the remedy, without more."""
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             data = file.read(most + 1)
     except OSError as error:
         raise DocumentError(f"{path} cannot be read: {error.strerror or error}.") from error

@@ -225,9 +225,9 @@ def _opened(path: str | Path, what: str, modes: tuple[str, ...] = MODES) -> Iter
             if image.width * image.height > MOST_PIXELS:
                 raise _too_many(path, f"{image.width:,}×{image.height:,}")
             _check_mode(path, what, image, modes)
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":  # a telephone's JPEG, of which the others are previews
-                raise ImageError(f"{path}: holds {frames} images where one is expected. Save the right one alone.")
+            # Not their number, as counting 20,000 in a TIFF takes seconds. An MPO is a telephone's JPEG with previews.
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise ImageError(f"{path}: holds several images where one is expected. Save the right one alone.")
             yield image
     except ImageError:
         raise

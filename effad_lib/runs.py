@@ -31,6 +31,7 @@ from effad_lib.documents import (
     is_share,
     is_text,
     is_whole,
+    open_plain,
     read_json,
     read_yaml,
 )
@@ -47,6 +48,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """What the system says when a disk is full, or a user's share of it."""
+
+GALLERY = '<meta name="generator" content="effad gallery">'
+"""What the page of a gallery begins with."""
 
 FORSAKEN = 3600.0
 """Seconds without a change after which what is half made counts as that of a process that was killed."""
@@ -125,6 +129,19 @@ def unwritable(path: Path, error: OSError) -> RunError:
             f" ({shutil.disk_usage(there).free / 2**20:.0f} MB free there). Free some space or choose another folder"
         )
     return RunError(f"{said}{remedy}, then start again: what was finished before is kept.")
+
+
+def holds_results(folder: Path) -> bool:
+    """Whether a folder holds what this program made of images: a run, what `detect` found, or a gallery."""
+    made = ("parameters.yaml", "metrics.json", "scores.csv")
+    return is_gallery(folder) or any((folder / name).is_file() for name in made)
+
+
+def is_gallery(folder: Path) -> bool:
+    """Whether a folder holds a gallery, finished or not."""
+    with contextlib.suppress(OSError), open_plain(folder / "index.html") as file:
+        return GALLERY.encode() in file.read(1000)
+    return False
 
 
 def check_writable(path: Path) -> None:

@@ -12,8 +12,9 @@ import yaml
 from commands import failure
 from PIL import Image
 from safetensors.torch import save_file
+from trust import files
 
-from effad_lib import reports
+from effad_lib import evaluation, reports
 from effad_lib.cli import main
 from effad_lib.detector import EfficientAD
 from effad_lib.networks import PDN
@@ -220,6 +221,32 @@ def test_maps_of_several_runs_lie_below_the_names_of_their_runs(trained, tmp_pat
     written = {path.relative_to(out).as_posix() for path in out.rglob("*.tiff")}
     below = [f"product/test/{defect}/000.tiff" for defect in ("good", "hole")]
     assert written == {folder + file for folder in ("one/", "two/", "") for file in below}
+
+
+def test_a_place_for_maps_is_checked_before_any_image_is_scored(trained, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    run = trained("run")
+    for place in (tmp_path / "file", "/proc/maps_of_ours"):
+        assert "cannot write" in failure(capsys, "evaluate", run.folder, "--save-tiffs", place) and not run.done
+
+
+@pytest.mark.parametrize("name", ["maps", "scores.csv", "metrics.json"])
+def test_an_evaluation_that_cannot_be_written_leaves_the_earlier_one(trained, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(reports, "figures", lambda *_: ())  # which take seconds to draw
+    run = trained("run")
+    assert main(["evaluate", str(run.folder), "--device", "cpu"]) == 0
+    if name == "maps":
+        shutil.rmtree(run.folder / name)
+        (run.folder / name).write_text("")
+    else:
+        (run.folder / name).unlink()
+        (run.folder / name).mkdir()
+    (run.folder / ".lock").unlink()
+    before = files(run.folder)
+    monkeypatch.setattr(evaluation, "evaluate", None)  # not asked: it is told before any image is scored
+    assert re.search(f"cannot write .*{name}", failure(capsys, "evaluate", run.folder))
+    (run.folder / ".lock").unlink()
+    assert files(run.folder) == before
 
 
 def test_maps_with_the_same_place_are_refused_before_any_image_is_scored(trained, product, picture, tmp_path, capsys):

@@ -139,6 +139,7 @@ def test_names_are_those_of_folders_whatever_the_values(written):
         ("{notebooks: [one], cases: {a: {rate: 0.1}}, grid: {rate: [0.1]}}", "rate is in `grid` and in the case 'a'"),
         ("{notebooks: [one], parameters: {seed: 1}, seeds: [1]}", "in `seeds`: leave one"),
         ("{notebooks: [one], cases: {'..': {}}}", "cannot be the name of a folder"),
+        ("{notebooks: [one], cases: {" + "尺" * 67 + ": {}}}", "letters, digits, '-', '_' and '.', 200 bytes at most"),
         ("{notebooks: [one], cases: {summary.csv: {}}}", "'summary.csv' cannot be the name of a folder"),
         ("{notebooks: [one], parameters: {rate: 0.1, rate: 0.2}}", "line 1: 'rate' is given twice"),
         (

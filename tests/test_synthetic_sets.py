@@ -13,6 +13,7 @@ from PIL import Image
 from trust import files
 
 from effad_lib import datasets, synthesis
+from effad_lib.datasets.synthetic import check_rendered
 from effad_lib.images import ImageError
 from effad_lib.settings import SettingsError
 from effad_lib.synthesis import (
@@ -195,7 +196,7 @@ def replaced_until_killed(wanted):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("then", ["read", "keep", "ask", "replace"])
+@pytest.mark.parametrize("then", ["read", "keep", "ask", "look", "replace"])
 def test_a_data_set_that_was_being_replaced_when_all_died_comes_back(tmp_path, then):
     wanted = settings(tmp_path, "gasket", workers=1, **FEW | {"train": 14})
     before = files(synthesize(wanted))
@@ -207,6 +208,8 @@ def test_a_data_set_that_was_being_replaced_when_all_died_comes_back(tmp_path, t
         assert len(split.train) + len(split.validation) == 14
     elif then == "keep":
         synthesize(wanted)
+    elif then == "look":
+        check_rendered(tmp_path, "gasket")
     elif then == "ask":
         with pytest.raises(SynthesisError, match="holds another data set"):
             synthesize(replace(other, overwrite=False))
@@ -215,6 +218,24 @@ def test_a_data_set_that_was_being_replaced_when_all_died_comes_back(tmp_path, t
         assert json.loads((tmp_path / "gasket" / "manifest.json").read_text())["settings"]["seed"] == 1
         return
     assert files(tmp_path / "gasket") == before
+
+
+def test_links_are_not_replaced(tmp_path):
+    """Neither the link to a data set elsewhere nor one in it is the data set's own."""
+    wanted = settings(tmp_path / "here", **FEW)
+    other = replace(wanted, seed=1, overwrite=True)
+    (tmp_path / "mine").mkdir()
+    (synthesize(wanted) / "more").symlink_to(tmp_path / "mine")
+    with pytest.raises(SynthesisError, match="metal/more does not belong to one"):
+        synthesize(other)
+    (tmp_path / "here" / "metal" / "more").unlink()
+    (tmp_path / "here" / "metal").rename(tmp_path / "there")
+    (tmp_path / "here" / "metal").symlink_to(tmp_path / "there")
+    before = files(tmp_path)
+    assert synthesize(wanted) == tmp_path / "here" / "metal"
+    with pytest.raises(SynthesisError, match="metal is a link, so it is not replaced"):
+        synthesize(other)
+    assert files(tmp_path) == before and (tmp_path / "here" / "metal").is_symlink()
 
 
 def test_what_killed_processes_left_half_written_goes_after_an_hour(tmp_path):

@@ -16,6 +16,7 @@ from effad_lib import training
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import prefetched
 from effad_lib.execution.lock import RUN_LOCK, Lock, LockError
+from effad_lib.images import ImageError
 from effad_lib.networks import PDN, initialise
 from effad_lib.runs import Run
 from effad_lib.settings import SettingsError
@@ -220,3 +221,13 @@ def test_weights_scale_the_terms(start, monkeypatch):
 
     assert weights_equal(last_weights("a", 0.0, 0.1), last_weights("b", 0.0, 0.9))
     assert not weights_equal(last_weights("c", 1.0, 0.1), last_weights("d", 1.0, 0.9))
+
+
+def test_natural_images_of_which_none_can_be_read_are_told_before_any_work(start, tmp_path, monkeypatch):
+    (tmp_path / "photographs").mkdir()
+    for name in "ab":
+        (tmp_path / "photographs" / f"{name}.jpg").write_bytes(b"no picture")
+    monkeypatch.setattr(training, "load_images", None)
+    with pytest.warns(UserWarning, match="natural image left out"), pytest.raises(ImageError, match="none of the natu"):
+        start("run", penalty_images=str(tmp_path / "photographs"))
+    assert not list(tmp_path.rglob("parameters.yaml"))

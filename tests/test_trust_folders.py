@@ -20,6 +20,8 @@ from effad_lib import designs, probing
 from effad_lib.cli import main
 from effad_lib.datasets import load_dataset
 from effad_lib.datasets.split import listed
+from effad_lib.documents import read_json
+from effad_lib.execution.lock import Lock
 from effad_lib.images import find_images, read_image
 from effad_lib.reading import image_entries
 from effad_lib.runs import printable, resolve
@@ -268,6 +270,63 @@ def test_links_in_a_circle_are_passed_by(tmp_path, picture):
     (tmp_path / "self").symlink_to(tmp_path)
     (tmp_path / "up.png").symlink_to(tmp_path.parent)
     assert find_images(tmp_path) == [kept]
+
+
+ENDLESS = {  # what is put in the place of a file, and has no end or keeps a reader waiting
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_files_without_an_end_are_named_or_passed_by(evaluated_run, tmp_path, picture, capsys, kind):
+    """A data set or a run that was sent may hold any kind of file."""
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    for name, command, says in (
+        ("maps/00000.npz", ["gallery", run], ""),  # a gallery leaves out that image and says so
+        ("metrics.json", ["export", run, "--to", "onnx"], ""),  # which is not asked for it
+        ("parameters.yaml", ["evaluate", run, "--device", "cpu"], "parameters.yaml|not the folder of a finished"),
+    ):
+        (run / name).unlink()
+        ENDLESS[kind](run / name)
+        assert main([str(part) for part in command]) in ((0, 1) if not says else (2, 1))
+        assert re.search(says, capsys.readouterr().err)
+    ENDLESS[kind](tmp_path / "config.json")
+    refused(lambda: read_json(tmp_path / "config.json"), "config.json cannot be read: it is no plain file")
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_what_lies_among_masks_and_is_none_changes_nothing(tmp_path, picture, kind):
+    for k in range(13):
+        picture(tmp_path / "train" / "good" / f"{k}.png", seed=k)
+    picture(tmp_path / "test" / "hole" / "0.png")
+    picture(tmp_path / "ground_truth" / "hole" / "0" / "0.png")
+    before = load_dataset("folder", root=tmp_path).fingerprint
+    ENDLESS[kind](tmp_path / "ground_truth" / "hole" / "0" / "1.png")
+    (tmp_path / "ground_truth" / "hole" / "0" / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "ground_truth" / "hole" / "0" / "notes.txt").write_bytes(b"x")
+    assert load_dataset("folder", root=tmp_path).fingerprint == before
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_lock_without_an_end_is_refused(tmp_path, kind):
+    ENDLESS[kind](tmp_path / ".lock")
+    lock = Lock(tmp_path / ".lock")
+    assert lock.owner is None and not lock.is_held
+    refused(lock.take, r"cannot write .*\.lock")
+
+
+def test_what_was_made_of_images_is_no_image_to_train_on(evaluated_run, model, picture, tmp_path):
+    """Runs, detections and galleries may lie among the good images that they were made of."""
+    for k in range(13):
+        picture(tmp_path / "more" / f"{k}.png", seed=k)
+    before = load_dataset("folder", root=tmp_path)
+    shutil.copytree(evaluated_run, tmp_path / "runs" / "one")
+    assert main(["gallery", str(evaluated_run), "--out", str(tmp_path / "gallery")]) == 0
+    assert main(["detect", str(model), str(tmp_path / "more"), "--out", str(tmp_path / "detections")]) == 0
+    assert len(find_images(tmp_path)) > 13 + 3
+    assert load_dataset("folder", root=tmp_path) == before
 
 
 @contextlib.contextmanager

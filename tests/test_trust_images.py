@@ -128,9 +128,9 @@ REFUSED = {  # name of the file: its bytes, and what is said of it
     "Lab.tif": (packed(kind="TIFF", mode="LAB"), "image mode LAB is not supported"),
     "floats.tif": (packed(GREY.astype(np.float32), kind="TIFF"), "image mode F is not supported"),
     "NaN.tif": (packed(np.full((72, 80), np.nan, np.float32), kind="TIFF"), "image mode F is not supported"),
-    "two pages.tif": (animated("TIFF"), "holds 2 images where one is expected. Save the right one alone"),
-    "animated.png": (animated("PNG"), "holds 2 images where one is expected"),
-    "animated.webp": (animated("WEBP"), "holds 2 images where one is expected"),
+    "two pages.tif": (animated("TIFF"), "holds several images where one is expected. Save the right one alone"),
+    "animated.png": (animated("PNG"), "holds several images where one is expected"),
+    "animated.webp": (animated("WEBP"), "holds several images where one is expected"),
 }  # fmt: skip
 
 TOO_SMALL = {
@@ -227,7 +227,7 @@ MASKS = {  # of a defective image: the file's bytes, and what is said of them
     "16 bits": (packed(TRUTH.astype(np.uint16) * 257), "image mode I;16 is not supported. Save it as 8-bit"),
     "floats": (packed(TRUTH / np.float32(255), kind="TIFF"), "image mode F is not supported"),
     "CMYK": (packed(np.dstack([TRUTH] * 3), kind="TIFF", mode="CMYK"), "image mode CMYK is not supported"),
-    "two pages": (animated("TIFF"), "holds 2 images where one is expected"),
+    "two pages": (animated("TIFF"), "holds several images where one is expected"),
     "a decompression bomb": (png(60_000, 60_000), "3,600,000,000 pixels, at most 268,435,456 are read"),
     "PostScript": (POSTSCRIPT, "cannot be read as a mask"),
 }

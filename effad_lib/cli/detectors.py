@@ -80,9 +80,9 @@ def evaluate(options: argparse.Namespace) -> int:
             held.enter_context(alone_in(folder))
         for folder, split, target in zip(folders, splits, targets, strict=True):
             detector, _, found = evaluation.evaluate_run(folder, options.device, split)
+            result = evaluation.finish_run(folder, detector, found)
             if target:
                 found.save_tiffs(target)
-            result = evaluation.finish_run(folder, detector, found)
             page = reports.write_report(folder, found, detector.image_size, result)
             print(batch.as_text(batch.results([folder])))
             for table in (found.by_defect(), found.decisions()):
@@ -97,9 +97,12 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def _tiff_folders(root: str | None, runs: list[Path], splits: list[Any]) -> list[Path | None]:
-    """Return where the maps of each run go; raises `EvaluationError` if two maps would be written to the same file."""
+    """Return where the maps of each run go.
+
+    Raises `EvaluationError` if two maps would be written to the same file and `RunError` where none could be written.
+    """
     from effad_lib import evaluation
-    from effad_lib.runs import here
+    from effad_lib.runs import check_writable, here
 
     if root is None:
         return [None] * len(runs)
@@ -113,6 +116,7 @@ def _tiff_folders(root: str | None, runs: list[Path], splits: list[Any]) -> list
                 f"{targets[target]} and {run} would both have their maps in {target}. Evaluate them one by one, each "
                 f"with a folder of its own for --save-tiffs."
             )
+        check_writable(target / "test" / "map.tiff")
         targets[target] = run
     return list(targets)
 
@@ -253,7 +257,7 @@ def threshold(options: argparse.Namespace) -> int:
         else:
             calibration.measure_tiled_normals(detector, files, overlap, source=source)
     calibration.choose_thresholds(detector, rate, confidence)
-    chosen = detector.calibration
+    saved, chosen = detector.save(out), detector.calibration
     kept = f"; at most {rate:.3g} with confidence {confidence:g}" if rate else ""
     tiled = ", in tiles that overlap by {tile_overlap} pixels".format_map(chosen) if "tile_overlap" in chosen else ""
     above = (chosen["normals"] + 1 - chosen["rank"]) / (chosen["normals"] + 1)
@@ -263,7 +267,6 @@ def threshold(options: argparse.Namespace) -> int:
     print(f"false alarms     a share of {above:.3g} expected{kept}")
     print(f"image threshold  {detector.threshold:.4g}")
     print(f"pixel threshold  {detector.pixel_threshold:.4g}")
-    saved = detector.save(out)
     print(saved)
     run = Run(saved.resolve().parent)
     if run.done and run.model == saved.resolve() and not tiled:

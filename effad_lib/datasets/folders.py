@@ -8,6 +8,7 @@ from pathlib import Path
 
 from effad_lib.datasets.split import DatasetError, Sample, Samples, Split, hold_out, listed, register
 from effad_lib.images import ImageError, find_images
+from effad_lib.runs import holds_results
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ TREE = (
 
 @register("folder")
 def load_folder(root: Path | None, category: str, seed: int, validation_share: float) -> Split:
-    """Read a folder of good images: in `train/good`, else in `good`, else all outside the folders below.
+    """Read a folder of good images: in `train/good`, else in `good`, else all outside the folders below and outside
+    the runs, detections and galleries that this program made there.
 
     Optional: `test/good` and `test/<defect>`; masks `ground_truth/<defect>/<stem>_mask.png` or `<stem>.png`, or a
     folder `<stem>` of masks, one for each defective region; `validation/good`. Subfolders are searched, links that
@@ -76,7 +78,13 @@ def _below(files: Files, *folder: str) -> Samples:
 
 def _loose(files: Files, base: Path) -> Samples:
     reserved = {"test", "ground_truth", "validation"}
-    loose = {parts: path for parts, path in files.items() if parts[0] not in reserved}
+    ours = {folder for folder in {above for path in files.values() for above in path.parents} if holds_results(folder)}
+    ours -= {base, *base.parents}
+    loose = {
+        parts: path
+        for parts, path in files.items()
+        if parts[0] not in reserved and ours.isdisjoint(path.parents)  # not the heatmaps of an earlier run
+    }
     for parts in loose:
         # Several data sets below one folder: their defective images must not become training images.
         if reserved & set(parts[1:-1]):

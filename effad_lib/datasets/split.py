@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from effad_lib.consent import allow
+from effad_lib.documents import open_plain
+from effad_lib.reading import find_images
 from effad_lib.runs import printable, resolve
 
 FEWEST_VALIDATION = 3
@@ -87,7 +89,7 @@ class Split:
         for part in ("train", "validation", "test"):
             for sample in getattr(self, part):
                 whole.update(f"{part} {sample.label} {sample.defect}\n".encode())
-                masks = sorted(sample.mask.iterdir()) if sample.mask and sample.mask.is_dir() else [sample.mask]
+                masks = find_images(sample.mask) if sample.mask and sample.mask.is_dir() else [sample.mask]
                 for path in filter(None, [sample.image, *masks]):
                     whole.update(_digest(path))
         return whole.hexdigest()
@@ -103,7 +105,7 @@ class Split:
 
 def _digest(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError:
         return b""

@@ -26,6 +26,9 @@ def is_rendered(root: str | Path | None, category: str) -> bool:
 
 def check_rendered(root: str | Path | None, category: str) -> None:
     """Raise `DatasetError` for a product that is not rendered yet, which a file from anybody may not ask for."""
+    from effad_lib import synthesis
+
+    synthesis.put_back(place_of(root, category))
     if not is_rendered(root, category):
         folder = place_of(root, category)
         raise DatasetError(f"no manifest.json in {folder}. Make it: effad synthesize {folder.name} {folder.parent}")

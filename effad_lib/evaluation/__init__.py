@@ -25,7 +25,7 @@ from effad_lib.evaluation.result import (
 from effad_lib.evaluation.scoring import evaluate
 from effad_lib.execution import alone_in
 from effad_lib.metrics import image_auroc
-from effad_lib.runs import Run, RunError, remove_forsaken, unwritable
+from effad_lib.runs import Run, RunError, check_writable, remove_forsaken, unwritable
 from effad_lib.settings import Settings, SettingsError, pick_device
 from effad_lib.tiling import check_threshold
 
@@ -118,10 +118,13 @@ def evaluate_run(
     """Evaluate the model of a finished training on the test images of its own data set.
 
     `split` is what `data_to_test` has found already; None finds it. Nothing is written, see `finish_run`. Raises
-    `RunError` as `data_to_test`, and `DatasetError` for masks that a training would refuse, before the first image is
-    scored. A warning says that the threshold was chosen on images in tiles, as here they are whole.
+    `RunError` as `data_to_test` and where the results could not be written, and `DatasetError` for masks that a
+    training would refuse, before the first image is scored. A warning says that the threshold was chosen on images in
+    tiles, as here they are whole.
     """
     split = split or data_to_test(run_folder)
+    for name in ("scores.csv", "metrics.json", "maps/00000.npz"):
+        check_writable(Run(run_folder).folder / name)
     verify_masks(split)
     detector = EfficientAD.load(Run(run_folder).model, pick_device(device))
     check_threshold(detector, None)
@@ -156,8 +159,8 @@ def finish_run(run_folder: str | Path, detector: EfficientAD, found: Evaluation)
 
 def _put_in_place(new: Path, folder: Path) -> None:
     """Move the files of an evaluation from the folder `new` into that of a run, in the place of an earlier one."""
-    (folder / "metrics.json").unlink(missing_ok=True)
     (folder / "maps").mkdir(exist_ok=True)
+    (folder / "metrics.json").unlink(missing_ok=True)
     for old in (folder / "maps").glob("*.npz"):
         if re.fullmatch(r"\d{5,}", old.stem):  # others are not of an evaluation
             old.unlink()

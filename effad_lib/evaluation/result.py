@@ -20,6 +20,7 @@ from torch.nn import functional
 from effad_lib import metrics
 from effad_lib.datasets import DatasetError, Sample, Saturation
 from effad_lib.detector import AnomalyMaps
+from effad_lib.documents import open_plain
 from effad_lib.images import Levels, Size, read_mask, read_regions
 from effad_lib.runs import from_project, write_bytes, write_csv
 
@@ -342,7 +343,7 @@ def load_maps(folder: str | Path, index: int) -> AnomalyMaps:
     not: a small one could fill the memory.
     """
     path = _map_file(Path(folder), index)
-    with np.load(path, allow_pickle=False) as stored:
+    with open_plain(path) as file, np.load(file, allow_pickle=False) as stored:
         if any(entry.compress_type != ZIP_STORED for entry in stored.zip.infolist()):
             raise EvaluationError(f"{path} is compressed, which this program does not do.")
         maps = AnomalyMaps(**{name: stored[name].astype(np.float32) for name in MAP_NAMES})

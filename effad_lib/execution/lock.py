@@ -8,6 +8,7 @@ import json
 import math
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from effad_lib.documents import Takes, fault, is_text, is_whole
+from effad_lib.documents import Takes, fault, is_text, is_whole, open_plain
 from effad_lib.runs import RunError, resolve, unwritable
 
 try:
@@ -101,8 +102,8 @@ class Lock:
     @property
     def owner(self) -> Owner | None:
         """Who holds the lock, or held it last."""
-        with contextlib.suppress(OSError):
-            for line in reversed(self.path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        with contextlib.suppress(OSError), open_plain(self.path) as file:
+            for line in reversed(file.read().decode("utf-8", errors="replace").splitlines()):
                 # A line that something else wrote into a log is passed by.
                 with contextlib.suppress(ValueError, TypeError, RecursionError):
                     return Owner(**json.loads(line))
@@ -112,7 +113,7 @@ class Lock:
     def age(self) -> float:
         """Seconds since the last sign of life; infinite if there was none, or if the lock was given back."""
         try:
-            with open(self.path, "rb") as file:  # opening it makes a network file system ask for its true time
+            with open_plain(self.path) as file:  # opening it makes a network file system ask for its true time
                 changed = os.fstat(file.fileno()).st_mtime
         except OSError:
             return math.inf
@@ -192,6 +193,8 @@ class Lock:
         # No link is followed: the file that it leads to is not ours to write.
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         self.descriptor = os.open(self.path, flags, 0o666)
+        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+            raise OSError("it is no plain file")
 
     def _is_there(self) -> bool:
         try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from effad_lib import __version__
 from effad_lib.datasets import load_dataset
-from effad_lib.documents import DocumentError, read_json, read_yaml
+from effad_lib.documents import DocumentError, read_json, read_yaml, short
 from effad_lib.execution import process
 from effad_lib.profiles import (
     FOLDER,
@@ -166,8 +166,11 @@ def load_sweep(sweep: str, *, runs: str | Path = "runs/sweeps", notebooks: str |
             varied = {name: value for name, value, _ in chosen}
             name = "-".join(_label(name, value) for name, value in varied.items()) or "run"
             given = fixed | {key: value for *_, part in chosen for key, value in part.items()}
-            if not re.fullmatch(FOLDER, name) or len(name) > 200 or name in TAKEN:
-                raise ProfileError(f"run {number}: {name!r} cannot be the name of a folder. Use `cases` to name it.")
+            if not re.fullmatch(FOLDER, name) or len(name.encode()) > 200 or name in TAKEN:
+                raise ProfileError(
+                    f"run {number}: {short(name)} cannot be the name of a folder, which takes letters, digits, '-', "
+                    f"'_' and '.', 200 bytes at most. Use `cases` to name it."
+                )
             if name in planned:
                 raise ProfileError(f"two runs would be called {name!r}: a value is there twice, or two look the same.")
             try:

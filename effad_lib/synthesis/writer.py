@@ -100,11 +100,13 @@ def _manifest(folder: Path) -> dict | None:
 
 
 def _check_own(folder: Path, manifest: dict) -> None:
-    """Raise `SynthesisError` if a folder to be replaced holds a file that is not of the data set."""
+    """Raise `SynthesisError` if a folder to be replaced is a link, or holds a file that is not of the data set."""
+    if folder.is_symlink():
+        raise SynthesisError(f"{folder} is a link, so it is not replaced. Name the data_root where its folder lies.")
     paths = [record["path"] for record in manifest["images"]]
     own = {MANIFEST, *paths, *(_mask_path(path) for path in paths)}
     for path in folder.rglob("*"):
-        if not path.is_dir() and path.relative_to(folder).as_posix() not in own:
+        if (path.is_symlink() or not path.is_dir()) and path.relative_to(folder).as_posix() not in own:
             raise _left_alone(folder, f"{path} does not belong to one")
 
 

@@ -57,8 +57,9 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
         run.check(settings, sources)
         return EfficientAD.load(run.model, device)
     with alone_in(run.folder):
-        run.start(settings, sources)
         natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
+        natural.sample(1, tuple(settings.image_size), torch.Generator())  # raises if none can be read: now, not later
+        run.start(settings, sources)
         verify_masks(split)
         made_from = {"data": split.fingerprint, "teacher": teacher_card["sha256"]}
         note_provenance(run.folder, device, seed=settings.seed, **made_from)

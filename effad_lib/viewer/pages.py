@@ -15,7 +15,7 @@ from PIL import Image
 from effad_lib.images import ImageError
 from effad_lib.plots import BARE, WIDTH, as_png, plain
 from effad_lib.progress import progress
-from effad_lib.runs import RunError, check_links, write_bytes, write_text
+from effad_lib.runs import GALLERY, RunError, check_links, is_gallery, write_bytes, write_text
 from effad_lib.viewer.drawings import colour_bar, histogram
 from effad_lib.viewer.findings import Findings, Picture
 from effad_lib.viewer.rendering import Layers, encoded, panel
@@ -25,7 +25,6 @@ CAPTIONS = {"image": "image", "overlay": "overlay", "heatmap": "anomaly map", "t
 
 OUTLINE_LABELS = {"truth": "truth (cyan)", "marked": "marked by the combined map (white)"}
 
-GENERATOR = '<meta name="generator" content="effad gallery">'
 """Tells a gallery of ours from the page of somebody else."""
 
 
@@ -128,7 +127,7 @@ def write_gallery(findings: Findings, folder: str | Path) -> Path:
     body = f"<h1>{title}</h1><p>{summary(findings, findings.threshold)}</p>"
     body += f"<div>{histogram(findings, findings.threshold)}</div><div>{bar}</div>"
     body += f"<p>Outlines: {', '.join(OUTLINE_LABELS.values())}.</p><p>{filters}<span id='shown'></span></p>"
-    page = f'<!doctype html><meta charset="utf-8">{GENERATOR}<title>{title}</title><style>{STYLE}</style>{body}'
+    page = f'<!doctype html><meta charset="utf-8">{GALLERY}<title>{title}</title><style>{STYLE}</style>{body}'
     for stale in set(folder.glob("[0-9]" * 5 + ".jpg")) - written:
         stale.unlink()
     return write_text(folder / "index.html", f"{page}<main>{''.join(cards)}</main><script>{SCRIPT}</script>\n")
@@ -137,12 +136,11 @@ def write_gallery(findings: Findings, folder: str | Path) -> Path:
 def _claim(folder: Path) -> None:
     """Raise `RunError` if a folder holds what is no gallery; else mark it as one, before any picture is in it."""
     check_links(folder)
-    page = folder / "index.html"
-    ours = page.is_file() and GENERATOR in page.read_text(encoding="utf-8", errors="replace")[:1000]
+    ours = is_gallery(folder)
     if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} holds other files, and a gallery replaces what is there. Name a new folder for it.")
     if not ours:
-        write_text(page, f"<!doctype html>{GENERATOR}This gallery was not finished.\n")
+        write_text(folder / "index.html", f"<!doctype html>{GALLERY}This gallery was not finished.\n")
 
 
 def summary(findings: Findings, threshold: float | None) -> str:
