@@ -76,8 +76,8 @@ class Job:
 class Fault:
     """What happens at the `file`-th file that a command writes whole, or everywhere on a disk of so many bytes.
 
-    That file is cut in half where `cut` says so; then the process is killed or, with `stop`, stopped, or, with
-    `read_only`, neither this file nor any other can be written and no folder can be made.
+    That file is cut in half where `cut` says so; then the process is killed, or, with `read_only`, neither this file
+    nor any other can be written and no folder can be made. With `stop` the process is only stopped (SIGSTOP).
     """
 
     file: int = 0
@@ -139,10 +139,14 @@ def _count_files(folder: Path, fault: Fault) -> list[int]:
         count[0] += 1
         if count[0] < fault.file or not fault.file:
             return synchronise(descriptor)
+        if fault.stop:
+            if count[0] == fault.file:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return synchronise(descriptor)
         if fault.cut:
             os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
         if not fault.read_only:
-            os.kill(os.getpid(), signal.SIGSTOP if fault.stop else signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
         _read_only(folder)
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 

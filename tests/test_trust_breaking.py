@@ -189,6 +189,33 @@ def test_a_disk_that_becomes_read_only_is_one_clear_error(job, undisturbed, fold
         check_goes_on(job, folder, undisturbed)
 
 
+def fixed(sign: str, folder: Path) -> bool:
+    """Let nobody, root neither, change anything in a folder ("+i"), or let them again; False where that fails."""
+    return (
+        bool(shutil.which("chattr"))
+        and not subprocess.run(["chattr", "-R", sign, folder], capture_output=True).returncode
+    )
+
+
+@pytest.mark.parametrize("job", ["train", "distill", "evaluate", "detect", "gallery"], indirect=True)
+def test_a_folder_that_becomes_immutable_is_one_clear_error(job, undisturbed, folder):
+    """By the system itself, in the middle of the work; what was finished before stays whole."""
+    job.prepare(folder)
+    if not (fixed("+i", folder) and fixed("-i", folder)):
+        pytest.skip("only root makes folders immutable, on file systems that know it")
+    first, said = start(job, folder, Fault(file=1 + undisturbed.ended.files // 2, stop=True))
+    wait_until_stopped(first)
+    try:
+        assert fixed("+i", folder)
+        os.kill(first.pid, signal.SIGCONT)
+        first.join()
+    finally:
+        assert fixed("-i", folder)
+    check_refused(Ended(first.exitcode, said.read_text(), 0.0), os.strerror(errno.EPERM))
+    contents(folder)
+    check_goes_on(job, folder, undisturbed)
+
+
 def test_a_disk_that_fills_up_is_one_clear_error(job, undisturbed, folder, request):
     """A real disk, of which every writer hears, also those of other libraries."""
     rng = random.Random(request.node.name)
@@ -212,16 +239,21 @@ def test_of_two_at_once_in_a_run_folder_the_second_is_refused(job, undisturbed, 
     """The first is stopped in the middle of its work, then killed: what is started next goes on at once."""
     job.prepare(folder)
     first, _ = start(job, folder, Fault(file=4, stop=True))
-    until = time.monotonic() + 120
-    while Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-        assert time.monotonic() < until and first.is_alive()
-        time.sleep(0.02)
+    wait_until_stopped(first)
     before = contents(folder)
     check_refused(run(job, folder), f"{folder} is in use by process {first.pid} on")
     check_same(contents(folder), before)
     first.kill()
     first.join()
     check_goes_on(job, folder, undisturbed)
+
+
+def wait_until_stopped(process) -> None:
+    """Until a process has met the fault that stops it."""
+    until = time.monotonic() + 120
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < until and process.is_alive()
+        time.sleep(0.02)
 
 
 def check_refused(ended: Ended, says: str) -> None:
