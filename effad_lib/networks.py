@@ -212,10 +212,12 @@ def multiply_adds(network: nn.Module, image_size: Size = (256, 256)) -> int:
 
 
 @torch.no_grad()
-def initialise(network: PDN | Autoencoder, images: Tensor, deviation: float = 1.0) -> None:
+def initialise(network: PDN | Autoencoder, images: Tensor, deviation: float = 1.0, *, centred: bool = False) -> None:
     """Give a network He weights, each convolution scaled to unit variance on `images` (normalised [N, 3, H, W]).
 
     The last one's output gets the standard deviation `deviation`; 0 lets it begin at zero, the mean of what it learns.
+    With `centred` the biases bring each channel's mean to zero first: images of one product differ so little that most
+    of a random channel is its mean, and one whose mean is below zero is cut off by the ReLU on nearly all of them.
     Ours, for short schedules: torch's default initialisation passes on so little variance that the first hundreds of
     steps are spent on growing it.
     """
@@ -223,11 +225,17 @@ def initialise(network: PDN | Autoencoder, images: Tensor, deviation: float = 1.
     def draw(layer: nn.Conv2d, inputs: tuple[Tensor]) -> None:
         layer.weight.copy_(nn.init.kaiming_normal_(torch.empty(layer.weight.shape)))  # whatever its order in memory
         nn.init.zeros_(layer.bias)
-        layer.weight /= layer.forward(*inputs).std().clamp(min=1e-6)
+        outputs = layer.forward(*inputs)
+        means = outputs.mean(dim=(0, 2, 3)) * centred
+        scale = (outputs - means[:, None, None]).std()
+        scale = torch.where(scale > 1e-3, scale, 1.0)  # of images without anything on them only rounding is left
+        layer.weight /= scale
+        layer.bias -= means / scale
 
     convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     hooks = [layer.register_forward_pre_hook(draw) for layer in convolutions]
     network(images)
     for hook in hooks:
         hook.remove()
-    convolutions[-1].weight *= deviation
+    for value in convolutions[-1].parameters():
+        value *= deviation

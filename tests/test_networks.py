@@ -212,3 +212,34 @@ def test_scaled_layers_have_unit_variance_but_for_the_last(build, size):
             hook.remove()
         torch.testing.assert_close(torch.stack(deviations), torch.tensor([1.0] * (len(hooks) - 1) + [last]))
         deviations.clear()
+
+
+@pytest.mark.parametrize("build", [PDN, Autoencoder], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("size", ["S", "M", "XS"])
+def test_centred_layers_have_channels_of_mean_zero_whatever_the_product(build, size):
+    """On images of one product, which differ by a little noise, half of the channels would always be cut off."""
+    network, generator = build(size, 8).eval(), torch.Generator().manual_seed(0)
+    batch = torch.rand(1, 3, 1, 1, generator=generator) + 0.05 * torch.rand(4, 3, 96, 64, generator=generator)
+    seen: list[torch.Tensor] = []
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda *passed: seen.append(passed[2].clone()))  # before the ReLU, in place
+    for last in (1.0, 0.0):
+        networks.initialise(network, batch, last, centred=True)
+        seen.clear()
+        with torch.no_grad():
+            network(batch)
+        for outputs, wanted in zip(seen, [1.0] * (len(seen) - 1) + [last], strict=True):
+            means = outputs.mean(dim=(0, 2, 3))
+            torch.testing.assert_close(means, torch.zeros_like(means), rtol=0, atol=1e-4)
+            assert outputs.std() == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(4, 3, 64, 64), torch.full((4, 3, 64, 64), 0.3)], ids=["black", "grey"])
+@pytest.mark.parametrize("build", [PDN, Autoencoder], ids=lambda build: build.__name__)
+def test_centred_layers_of_images_without_anything_on_them_stay_small(build, batch):
+    network = build("XS", 8).eval()
+    networks.initialise(network, batch, centred=True)
+    assert all(value.isfinite().all() and value.abs().max() < 1e4 for value in network.state_dict().values())
+    with torch.no_grad():
+        assert network(torch.rand(4, 3, 64, 64)).isfinite().all()

@@ -51,7 +51,7 @@ class TrainingSettings(Settings):
     learning_rate: float = 1e-4  # of Adam
     weight_decay: float = 1e-5  # of Adam
     schedule: str = "step"  # ×0.1 after 95 % of the steps (paper), or "cosine" with 5 % warm-up
-    initialisation: str = "default"  # torch's, or "scaled": unit variance, last layer zero; for short schedules
+    initialisation: str = "default"  # torch's, or "scaled": mean 0, variance 1, last layer 0; for short schedules
     hard_quantile: float = 0.999  # share of the student–teacher differences that is left out of the loss
     weight_hard: float = 1.0  # of the hard feature loss
     weight_penalty: float = 1.0  # of the pretraining penalty

@@ -67,7 +67,7 @@ class Trainer:
                 first = detector.normalise(to_float(self.images[:8]))
                 for network in (detector.student, detector.autoencoder):
                     # From zero: a random last layer is noise to unlearn, by which other layers die on some products.
-                    initialise(network, first, deviation=0.0)
+                    initialise(network, first, deviation=0.0, centred=True)
         body = [*detector.student.trunk.parameters(), *detector.autoencoder.parameters()]
         head = [*detector.student.head.parameters()]
         self.optimiser = torch.optim.Adam(
