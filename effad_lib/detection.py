@@ -21,6 +21,7 @@ from effad_lib.memory import kept_memory, ran_out
 from effad_lib.progress import progress, say
 from effad_lib.reading import ImageError, Size, find_images, fitted, not_text, read_image, read_mask
 from effad_lib.runs import (
+    COLUMNS,
     BadNameError,
     RunError,
     check_writable,
@@ -70,8 +71,6 @@ class Wanted:
 
 WATCH_LOCK = "watch.lock"
 """In the results of a watched folder, and in no others: who watches, or did last."""
-
-COLUMNS = ("file", "score", "threshold", "decision", "marked", "error")
 
 
 def open_model(path: str | Path, device: str = "auto", threads: int = 0) -> Inspector:

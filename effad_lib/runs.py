@@ -52,6 +52,9 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 GALLERY = '<meta name="generator" content="effad gallery">'
 """What the page of a gallery begins with."""
 
+COLUMNS = ("file", "score", "threshold", "decision", "marked", "error")
+"""Of the `scores.csv` in which `detect` says what it found."""
+
 FORSAKEN = 3600.0
 """Seconds without a change after which what is half made counts as that of a process that was killed."""
 
@@ -132,15 +135,24 @@ def unwritable(path: Path, error: OSError) -> RunError:
 
 
 def holds_results(folder: Path) -> bool:
-    """Whether a folder holds what this program made of images: a run, what `detect` found, or a gallery."""
-    made = ("parameters.yaml", "metrics.json", "scores.csv")
-    return is_gallery(folder) or any((folder / name).is_file() for name in made)
+    """Whether a folder holds what this program made of images: a run, what `detect` found, or a gallery.
+
+    Nothing that somebody else may have there counts, such as a `scores.csv` with other columns.
+    """
+    is_run = all((folder / name).is_file() for name in ("parameters.yaml", "sources.json"))
+    return is_run or is_gallery(folder) or _begins(folder / "scores.csv", f"{','.join(COLUMNS)}\n")
 
 
 def is_gallery(folder: Path) -> bool:
     """Whether a folder holds a gallery, finished or not."""
-    with contextlib.suppress(OSError), open_plain(folder / "index.html") as file:
-        return GALLERY.encode() in file.read(1000)
+    return _begins(
+        folder / "index.html", f'<!doctype html><meta charset="utf-8">{GALLERY}', f"<!doctype html>{GALLERY}"
+    )
+
+
+def _begins(path: Path, *texts: str) -> bool:
+    with contextlib.suppress(OSError), open_plain(path) as file:
+        return file.read(1000).startswith(tuple(text.encode() for text in texts))
     return False
 
 

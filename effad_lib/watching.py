@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from effad_lib.detection import COLUMNS, WATCH_LOCK, Wanted, decision, detect_one, inside, write_table
+from effad_lib.detection import WATCH_LOCK, Wanted, decision, detect_one, inside, write_table
 from effad_lib.documents import DocumentError, is_number, read_json
 from effad_lib.engines import Inspector
 from effad_lib.execution.lock import Lock, LockError
 from effad_lib.memory import kept_memory
 from effad_lib.reading import ImageError, UnreachableError, image_entries
-from effad_lib.runs import RunError, finish_step_on_interrupt, printable, write_json
+from effad_lib.runs import COLUMNS, RunError, finish_step_on_interrupt, printable, write_json
 from effad_lib.settings import SettingsError
 
 PATIENCE = 10.0

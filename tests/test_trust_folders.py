@@ -327,6 +327,14 @@ def test_what_was_made_of_images_is_no_image_to_train_on(evaluated_run, model, p
     assert main(["detect", str(model), str(tmp_path / "more"), "--out", str(tmp_path / "detections")]) == 0
     assert len(find_images(tmp_path)) > 13 + 3
     assert load_dataset("folder", root=tmp_path) == before
+    picture(tmp_path / "theirs" / "0.png", seed=99)  # beside files of others with the same names
+    for name in ("metrics.json", "parameters.yaml", "scores.csv", "index.html"):
+        (tmp_path / "theirs" / name).write_text("file,price\n")
+    now = load_dataset("folder", root=tmp_path)
+    assert {one.image for one in (*now.train, *now.validation)} == {
+        tmp_path / "theirs" / "0.png",
+        *(one.image for one in (*before.train, *before.validation)),
+    }
 
 
 @contextlib.contextmanager
