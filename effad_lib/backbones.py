@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from effad_lib.networks import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from effad_lib.runs import resolve
 from effad_lib.settings import SettingsError, nearest
-from effad_lib.tensors import read_torch
+from effad_lib.tensors import read_torch, unsound
 
 GRID = 8
 """The backbone sees the image at twice the PDN's size, so one cell of the PDN (4 pixels) is 8 pixels here."""
@@ -246,9 +246,8 @@ def load_backbone(name: str, weights: str | Path = "", *, width: int = 384) -> B
     """
     path = weights_file(name, weights)
     backbone = BACKBONES[check_backbone(name)](name, path, width)
-    for layer, value in backbone.state_dict().items():
-        if not value.isfinite().all():
-            raise SettingsError(f"weights {path}: {layer} holds NaN or infinite values. Fetch them again.")
+    if wrong := unsound(backbone.state_dict(), whole=True):  # batch norm counts its batches
+        raise SettingsError(f"weights {path}: {wrong}. Fetch them again.")
     return backbone.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -260,8 +259,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else read_torch(path)
     except Exception as error:
-        # Not in torch's own words, which advise to execute what a file that was sent holds.
-        kind = str(error) if type(error) is ValueError else type(error).__name__
+        kind = error if type(error) is ValueError else type(error).__name__
         raise SettingsError(
             f"weights {path}: not a safetensors file or a plain state dict ({kind}). Save weights alone."
         ) from error

@@ -40,13 +40,16 @@ def readable(run: Run, state: Any) -> Iterator[None]:
         raise RunError(f"{run.folder}: its checkpoint {wrong}. Delete the run's checkpoints to start it anew.")
 
 
-def not_finite(run: Run, what: str, where: str, learning_rate: float) -> RunError:
-    """Return what to say of a training or distillation that stops since something of it is not finite."""
+def not_finite(run: Run, what: str, where: str, lower: str) -> RunError:
+    """Return what to say of a training or distillation that stops since something of it is not finite.
+
+    lower: the settings that had better be lower.
+    """
     saved = (run.folder / "checkpoints" / "last.pt").is_file()
     kept = "The last checkpoint is from before" if saved else "No checkpoint was saved before"
     return RunError(
-        f"{run.folder}: {what} is not finite {where}. {kept}; lower learning_rate (now {learning_rate:g}) or the "
-        f"weights of the losses, or use precision float32, in a new run folder."
+        f"{run.folder}: {what} is not finite {where}. {kept}; lower {lower}, or use precision "
+        f"float32, in a new run folder."
     )
 
 

@@ -21,6 +21,7 @@ from effad_lib.images import Levels, Size, check_levels, check_size, to_float
 from effad_lib.networks import PDN, Autoencoder, Normalise
 from effad_lib.runs import write_bytes
 from effad_lib.settings import SettingsError
+from effad_lib.tensors import unsound
 
 CARD_FIELDS = ("size", "channels", "padding", "image_size")
 
@@ -155,10 +156,8 @@ class EfficientAD(nn.Module):
                 weights = {name: file.get_tensor(name) for name in file.keys()}
             if (measured := weights["teacher_mean"].numel()) != card["channels"]:  # before so many are made
                 raise ValueError(f"its card has {card['channels']} channels, its weights {measured}")
-            if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
-                raise ValueError(f"{broken[0]} holds NaN or infinite values")
-            if whole := [name for name, value in weights.items() if not value.is_floating_point()]:
-                raise ValueError(f"{whole[0]} holds {weights[whole[0]].dtype}, where floats should be")
+            if wrong := unsound(weights):
+                raise ValueError(wrong)
             detector = cls(card["size"], card["channels"], card["padding"], tuple(card["image_size"]))
             detector.load_state_dict(weights)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:

@@ -50,7 +50,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """What the system says when a disk is full, or a user's share of it."""
 
 GALLERY = '<meta name="generator" content="effad gallery">'
-"""What the page of a gallery begins with."""
+"""What the page of a gallery begins with, which tells it from the page of somebody else."""
 
 COLUMNS = ("file", "score", "threshold", "decision", "marked", "error")
 """Of the `scores.csv` in which `detect` says what it found."""
@@ -379,10 +379,8 @@ class Run:
         remedy = "Delete it to start this run anew."
         try:
             state = read_torch(path)
-        except Exception as error:
-            # Not in torch's own words, which advise to execute what a file that was sent holds.
-            kind = str(error) if type(error) is ValueError else type(error).__name__
-            raise RunError(f"{path} cannot be read as a checkpoint ({kind}). {remedy}") from error
+        except ValueError as error:
+            raise RunError(f"{path} cannot be read as a checkpoint ({error}). {remedy}") from error
         if not isinstance(state, dict):
             raise RunError(f"{path} cannot be read as a checkpoint, it holds {type(state).__name__}. {remedy}")
         return state

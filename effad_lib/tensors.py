@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,17 @@ ZIP = b"PK\x03\x04"
 def read_torch(path: Path) -> Any:
     """Return what a torch file holds, on the CPU: dense tensors of real numbers, and plain values.
 
-    Raises `ValueError` for an archive whose entries are packed or overlap, and for tensors of another kind or of more
-    numbers than the file holds: a few bytes can stand for any number of terabytes. What else is wrong raises whatever
-    torch does.
+    Raises `ValueError` for an archive whose entries are packed or overlap, for tensors of another kind or of more
+    numbers than the file holds (a few bytes can stand for any number of terabytes), and with the name of the error for
+    whatever else torch does not read: its own words advise to execute what a file that was sent holds.
     """
+    try:
+        return _read(path)
+    except Exception as error:
+        raise error if type(error) is ValueError else ValueError(type(error).__name__) from error
+
+
+def _read(path: Path) -> Any:
     import torch  # what only reads and writes files starts without it
 
     size = path.stat().st_size
@@ -34,14 +41,36 @@ def read_torch(path: Path) -> Any:
         if sum(entry.file_size for entry in entries) > size:
             raise ValueError("its parts overlap")
     content = torch.load(path, map_location="cpu", weights_only=True)
-    left = size
-    for tensor in leaves(content):
-        if isinstance(tensor, torch.Tensor):
-            _check(tensor)
-            left -= tensor.numel() * tensor.element_size()
-    if left < 0:
+    tensors = [leaf for leaf in leaves(content) if isinstance(leaf, torch.Tensor)]
+    for tensor in tensors:
+        if kind := _odd(tensor):
+            raise ValueError(f"one of its tensors is {kind}")
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > size:
         raise ValueError("its tensors have more numbers than it holds")
     return content
+
+
+def _odd(tensor: Tensor) -> str:
+    """What a tensor is instead of dense, real and here; "" if nothing."""
+    if tensor.device.type != "cpu":
+        return "without numbers"
+    if tensor.is_quantized:
+        return "quantised"
+    layout = str(tensor.layout).removeprefix("torch.").replace("strided", "")
+    return "complex" if tensor.is_complex() else layout
+
+
+def unsound(weights: Mapping[str, Tensor], *, whole: bool = False) -> str:
+    """Return what is wrong with the first of these weights that is not finite or no float; "" if nothing.
+
+    `whole` lets whole numbers pass.
+    """
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            return f"{name} holds NaN or infinite values"
+        if not (whole or value.is_floating_point()):
+            return f"{name} holds {value.dtype}, where floats should be"
+    return ""
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -56,10 +85,3 @@ def leaves(value: Any) -> Iterator[Any]:
             left.extend(value.values() if isinstance(value, dict) else value)
         else:
             yield value
-
-
-def _check(tensor: Tensor) -> None:
-    kind = str(tensor.layout).removeprefix("torch.")
-    if kind != "strided" or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
-        kind = "quantised" if tensor.is_quantized else "complex" if tensor.is_complex() else kind
-        raise ValueError(f"one of its tensors is {kind if tensor.device.type == 'cpu' else 'without numbers'}")

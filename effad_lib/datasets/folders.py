@@ -78,8 +78,8 @@ def _below(files: Files, *folder: str) -> Samples:
 
 def _loose(files: Files, base: Path) -> Samples:
     reserved = {"test", "ground_truth", "validation"}
-    ours = {folder for folder in {above for path in files.values() for above in path.parents} if holds_results(folder)}
-    ours -= {base, *base.parents}
+    folders = {base.joinpath(*parts[:depth]) for parts in files for depth in range(1, len(parts))}
+    ours = set(filter(holds_results, folders))
     loose = {
         parts: path
         for parts, path in files.items()

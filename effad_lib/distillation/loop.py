@@ -242,7 +242,7 @@ class Distiller:
                 raise self._not_finite("the loss", f"at step {step}, on {', '.join(images)}")
 
     def _not_finite(self, what: str, where: str) -> RunError:
-        return not_finite(self.run, what, where, self.settings.learning_rate)
+        return not_finite(self.run, what, where, f"learning_rate (now {self.settings.learning_rate:g})")
 
     def state(self, generator: Tensor) -> dict[str, Any]:
         """Return everything needed to continue; `generator` is its state after the last step's views."""

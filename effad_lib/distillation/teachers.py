@@ -19,6 +19,7 @@ from effad_lib.documents import Takes, is_count, is_text, is_whole, read_json
 from effad_lib.networks import PDN, PDN_LAYERS, Conv, check_network
 from effad_lib.runs import PROJECT, Run, resolve, write_bytes, write_json
 from effad_lib.settings import SettingsError
+from effad_lib.tensors import unsound
 
 TEACHERS = PROJECT / "data" / "teachers"
 """Where the shipped teachers lie, each `pdn_<size>.safetensors` with its card `pdn_<size>.json`."""
@@ -101,13 +102,8 @@ def load_teacher(source: str | Path, *, padding: bool = False) -> tuple[PDN, dic
     else:
         weights, card = _in_our_names(read_weights(path), path)
         card |= {"sha256": digest}
-    if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
-        raise SettingsError(f"teacher {path}: {broken[0]} holds NaN or infinite values. Distil or fetch it again.")
-    if whole := [name for name, value in weights.items() if not value.is_floating_point()]:
-        kind = weights[whole[0]].dtype
-        raise SettingsError(
-            f"teacher {path}: {whole[0]} holds {kind}, where floats should be. Distil or fetch it again."
-        )
+    if wrong := unsound(weights):
+        raise SettingsError(f"teacher {path}: {wrong}. Distil or fetch it again.")
     if (channels := len(weights.get("head.bias", ()))) != card["channels"]:  # before so many are made
         raise SettingsError(f"teacher {path}: its card has {card['channels']} channels, its weights {channels}.")
     pdn = PDN(card["size"], card["channels"], padding)

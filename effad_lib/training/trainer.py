@@ -214,7 +214,8 @@ class Trainer:
         self.drawn.clear()
 
     def _not_finite(self, what: str, where: str) -> RunError:
-        return not_finite(self.run, what, where, self.settings.learning_rate)
+        rate = f"learning_rate (now {self.settings.learning_rate:g}) or the weights of the losses"
+        return not_finite(self.run, what, where, rate)
 
     @torch.inference_mode()
     def dead_share(self) -> float:

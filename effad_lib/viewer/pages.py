@@ -25,8 +25,6 @@ CAPTIONS = {"image": "image", "overlay": "overlay", "heatmap": "anomaly map", "t
 
 OUTLINE_LABELS = {"truth": "truth (cyan)", "marked": "marked by the combined map (white)"}
 
-"""Tells a gallery of ours from the page of somebody else."""
-
 
 def marks(findings: Findings, state: State) -> dict[str, float]:
     """Return the named places of the colour scale: the model's quantiles, the thresholds of image and pixels."""
