@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pandas as pd
 import pytest
 from breaking import KILLS, processes_of
 from counting import COUNTS, FINISHES, PARAMETERS, WORKS, notebook, numbers, planned, starts, wait_for
+from trust import fixed
 
 from effad_lib import sweeps
 from effad_lib.execution import Lock
@@ -112,11 +112,6 @@ def test_a_full_disk_stops_the_sweep_and_no_run_has_failed(counting, tmp_path):
     assert state_of(run) == "stopped"
     (run.folder / "room").touch()
     assert run_sweep(**arguments)["state"].tolist() == ["done"] and starts(run.folder) == [1, 4]
-
-
-def fixed(sign, *folders):
-    """Let nobody, root neither, make or replace a file in folders ("+i"), or let them again; False where that fails."""
-    return shutil.which("chattr") and not subprocess.run(["chattr", sign, *folders], capture_output=True).returncode
 
 
 def test_folders_that_become_read_only_stop_the_sweep_and_no_run_has_failed(counting, tmp_path):

@@ -24,6 +24,7 @@ import yaml
 from breaking import KILLS, NO_DISK, Ended, Fault, Job, check_same, contents, run, start
 from counting import notebook
 from safetensors.torch import save_file
+from trust import fixed
 
 from effad_lib.cli import main
 from effad_lib.runs import PROJECT
@@ -189,28 +190,20 @@ def test_a_disk_that_becomes_read_only_is_one_clear_error(job, undisturbed, fold
         check_goes_on(job, folder, undisturbed)
 
 
-def fixed(sign: str, folder: Path) -> bool:
-    """Let nobody, root neither, change anything in a folder ("+i"), or let them again; False where that fails."""
-    return (
-        bool(shutil.which("chattr"))
-        and not subprocess.run(["chattr", "-R", sign, folder], capture_output=True).returncode
-    )
-
-
 @pytest.mark.parametrize("job", ["train", "distill", "evaluate", "detect", "gallery"], indirect=True)
 def test_a_folder_that_becomes_immutable_is_one_clear_error(job, undisturbed, folder):
     """By the system itself, in the middle of the work; what was finished before stays whole."""
     job.prepare(folder)
-    if not (fixed("+i", folder) and fixed("-i", folder)):
+    if not (fixed("-R", "+i", folder) and fixed("-R", "-i", folder)):
         pytest.skip("only root makes folders immutable, on file systems that know it")
     first, said = start(job, folder, Fault(file=1 + undisturbed.ended.files // 2, stop=True))
     wait_until_stopped(first)
     try:
-        assert fixed("+i", folder)
+        assert fixed("-R", "+i", folder)
         os.kill(first.pid, signal.SIGCONT)
         first.join()
     finally:
-        assert fixed("-i", folder)
+        assert fixed("-R", "-i", folder)
     check_refused(Ended(first.exitcode, said.read_text(), 0.0), os.strerror(errno.EPERM))
     contents(folder)
     check_goes_on(job, folder, undisturbed)

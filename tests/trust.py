@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,11 @@ def command_refused(capsys: pytest.CaptureFixture[str], arguments: list[object],
     assert code == 2 and "Traceback" not in said, said
     assert re.search(rf"^effad: .*(?:{says})", said, re.DOTALL | re.MULTILINE), f"{says!r} is not in: {said}"
     return said
+
+
+def fixed(*arguments: object) -> bool:
+    """Let nobody, root neither, change what is in folders ("+i"), or let them again ("-i"); False where that fails."""
+    return bool(shutil.which("chattr")) and not subprocess.run(["chattr", *arguments], capture_output=True).returncode
 
 
 def files(folder: Path) -> dict[str, bytes]:
