@@ -20,7 +20,7 @@ def test_the_table_shows_what_was_measured_and_a_dash_where_nothing_could_be(tmp
 
 def test_only_the_default_run_is_made_and_only_what_is_missing_of_it(tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(runs, "PROJECT", tmp_path)
+    monkeypatch.setattr(runs.files, "PROJECT", tmp_path)
     monkeypatch.setattr(batch, "load_dataset", lambda name, **_: name)
     monkeypatch.setattr(batch, "train", lambda settings, split: done.append((split, settings.steps, settings.device)))
     monkeypatch.setattr(batch, "evaluate_run", lambda folder, device: (None, None, folder))

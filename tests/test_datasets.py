@@ -59,7 +59,7 @@ def test_mvtec_root_may_be_the_category_and_names_are_free(tmp_path):
 
 def test_relative_root_is_taken_from_the_project(tmp_path, monkeypatch):
     mvtec(tmp_path / "data/mvtec_ad/screw")
-    monkeypatch.setattr(runs, "PROJECT", tmp_path)
+    monkeypatch.setattr(runs.files, "PROJECT", tmp_path)
     assert load_dataset("mvtec_ad", category="screw") == load_dataset(
         "mvtec_ad", root="data/mvtec_ad", category="screw"
     )

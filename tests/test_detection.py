@@ -244,7 +244,7 @@ def test_a_full_disk_keeps_the_old_results(small_detector, picture, tmp_path, mo
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(runs.os, "fsync", full)
+    monkeypatch.setattr(runs.files.os, "fsync", full)
     with pytest.raises(RunError, match="No space left"):
         detect(small_detector, path, out)
     assert {name: (out / name).read_bytes() for name in files(out)} == before

@@ -69,7 +69,7 @@ def test_on_a_full_disk_an_earlier_evaluation_stays(finished, monkeypatch, full)
             raise RunError(f"cannot write {path}: the disk is full")
         return write(path, data)
 
-    for module in (runs, result):
+    for module in (runs.files, result):
         monkeypatch.setattr(module, "write_bytes", fill)
     with pytest.raises(RunError, match=f"cannot write {finished.folder}/.*{full}: the disk is full"):
         finish_run(finished.folder, detector, found)

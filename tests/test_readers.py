@@ -146,7 +146,7 @@ def test_each_layout_is_read_in_full(tmp_path, reader, counts, defects, held_out
 @every
 def test_the_root_is_the_data_folder_or_the_category_itself(tmp_path, monkeypatch, reader):
     name, _, category, *_ = READERS[reader]
-    monkeypatch.setattr(runs, "PROJECT", tmp_path)
+    monkeypatch.setattr(runs.files, "PROJECT", tmp_path)
     split = read(reader, tmp_path / "data" / name)
     assert load_dataset(name, category=category) == load_dataset(name) == split
     if reader != "visa":  # whose table lies beside the categories
@@ -194,7 +194,7 @@ def test_saturation_in_pixels_of_a_region(threshold, relative, pixels):
 @pytest.mark.parametrize("root", ["", "absent", "empty"])
 def test_a_missing_data_set_says_where_to_get_it_and_how_it_looks(tmp_path, monkeypatch, reader, root):
     name, _, category, _, parts = READERS[reader]
-    monkeypatch.setattr(runs, "PROJECT", tmp_path)
+    monkeypatch.setattr(runs.files, "PROJECT", tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match=f"was not found in .*{root or f'data.{name}'}. Download it") as error:
         load_dataset(name, root=tmp_path / root if root else "", category=category)

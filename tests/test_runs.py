@@ -118,7 +118,7 @@ def test_a_write_that_fails_only_at_the_end_leaves_the_old_file(tmp_path, monkey
         raise failure
 
     path = write_text(tmp_path / "kept.txt", "old")
-    monkeypatch.setattr(runs.os, "fsync", fail)
+    monkeypatch.setattr(runs.files.os, "fsync", fail)
     with pytest.raises(RunError if isinstance(failure, OSError) else KeyboardInterrupt) as error:
         write_text(path, "new")
     monkeypatch.undo()
@@ -190,7 +190,7 @@ def test_a_run_that_was_stopped_between_its_first_files_is_begun_again(tmp_path,
     run, write = Run(tmp_path), runs.write_bytes
     for count in (0, 1):
         left = iter([None] * count)
-        monkeypatch.setattr(runs, "write_bytes", lambda *args, left=left: (next(left), write(*args))[1])
+        monkeypatch.setattr(runs.files, "write_bytes", lambda *args, left=left: (next(left), write(*args))[1])
         with pytest.raises(StopIteration):
             run.start(Example(), {"teacher": "a" * 64})
     monkeypatch.undo()
