@@ -162,6 +162,10 @@ class NaturalImages:
         part.skipped, part._kept = {}, {}
         return part
 
+    def check(self) -> None:
+        """Raise `ImageError` if no photograph can be read, before the work that needs them."""
+        self._readable(0)
+
     def read(self, index: int) -> Tensor:
         """Return photograph `index` as uint8 [3, H, W], its longest side at most `longest_side` pixels."""
         path = self.paths[index]

@@ -38,7 +38,7 @@ def photographs(settings: DistillationSettings, workers: int = 0) -> tuple[Natur
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
     held_out, natural = every.part(order[: settings.held_out]), every.part(sorted(order[settings.held_out :]))
     for some in (natural, held_out) if len(held_out) else (natural,):
-        some.sample(1, settings.image_size, torch.Generator())  # raises if none can be read: now, not at the end
+        some.check()
     return natural, held_out
 
 

@@ -58,7 +58,7 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
         return EfficientAD.load(run.model, device)
     with alone_in(run.folder):
         natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
-        natural.sample(1, tuple(settings.image_size), torch.Generator())  # raises if none can be read: now, not later
+        natural.check()
         run.start(settings, sources)
         verify_masks(split)
         made_from = {"data": split.fingerprint, "teacher": teacher_card["sha256"]}
