@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -132,6 +133,15 @@ def packaged_photographs() -> list[Path]:
     if not found:
         raise ImageError("no photographs inside the installed packages. Name a folder of natural images instead.")
     return found
+
+
+def names_sha256(photographs: Iterable[Path], folder: str | Path = "") -> str:
+    """Return a SHA-256 of the names of photographs below a folder, of their files' alone for "".
+
+    It tells one collection from another: to read all of ImageNet for that would take too long.
+    """
+    names = (str(path.relative_to(folder)) if str(folder) else path.name for path in photographs)
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
 
 
 class NaturalImages:

@@ -14,6 +14,7 @@ from trust import files
 
 from effad_lib import export as exporting
 from effad_lib.calibration import rank
+from effad_lib.datasets import load_dataset
 from effad_lib.detection import detect
 from effad_lib.detector import EfficientAD
 from effad_lib.engines import CARD, OUTPUTS, load_exported
@@ -342,3 +343,15 @@ def test_images_of_another_size_than_a_fixed_export_are_named(trained, normals, 
     with pytest.raises(SettingsError, match=r"\(1, 3, 64, 64\): this export takes .* 80×100.*--any-size"):
         exported.inspect(noise(1, 64, 64))
     assert read_image(find_images(normals)[0]).shape == (3, 96, 120)
+
+
+def test_images_that_were_trained_on_are_not_taken_for_held_out_ones(start, stripes):
+    """With more images the draw of those to hold out is another one."""
+    _, run = start("run", data_root=str(stripes))
+    held_out = good_images.find_normals(run.folder, None)
+    assert list(held_out) == [sample.image for sample in load_dataset("folder", root=stripes).validation]
+    Image.fromarray(np.full((64, 64), 90, np.uint8)).save(stripes / "train" / "good" / "one_more.png")
+    with pytest.raises(
+        SettingsError, match=r"not at hand \(the training images of .* are others than .*--normals FOLDER"
+    ):
+        good_images.find_normals(run.folder, None)

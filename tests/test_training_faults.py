@@ -131,6 +131,41 @@ def test_another_teacher_neither_continues_nor_passes_as_the_first(start, teache
         start("run")
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_images_neither_continue_nor_pass_as_the_first(start, stripes, finished):
+    """A model would be loaded that never saw them, or statistics and thresholds of two data sets mixed."""
+    _, run = start("run")
+    if not finished:
+        run.model.unlink()
+    Image.fromarray(np.full((SIDE, SIDE), 90, np.uint8)).save(stripes / "train" / "good" / "one_more.png")
+    with pytest.raises(RunError, match=r"training_images: \w{12} there, \w{12} now"):
+        start("run", split=load_dataset("folder", root=stripes))
+    (stripes / "train" / "good" / "one_more.png").unlink()
+    (stripes / "test" / "good").mkdir(parents=True)
+    Image.fromarray(np.full((SIDE, SIDE), 90, np.uint8)).save(stripes / "test" / "good" / "0.png")
+    start("run", split=load_dataset("folder", root=stripes))  # of which a training sees nothing
+
+
+def test_a_penalty_on_other_photographs_does_not_continue(start, tmp_path):
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(np.full((80, 80, 3), 90, np.uint8)).save(photographs / f"{name}.png")
+    _, run = start("run", penalty_images=str(photographs))
+    (photographs / "b.png").unlink()
+    start("run", penalty_images=str(photographs))  # finished: it is only loaded
+    run.model.unlink()
+    with pytest.raises(RunError, match=r"penalty_images: \w{12} there, \w{12} now"):
+        start("run", penalty_images=str(photographs))
+
+
+def test_a_model_of_which_nobody_knows_how_it_was_trained_does_not_pass_as_this_training(start):
+    _, run = start("run")
+    (run.folder / "parameters.yaml").unlink()
+    with pytest.raises(RunError, match=r"holds a model\.safetensors and no parameters\.yaml.*Choose another"):
+        start("run", steps=16)
+
+
 def test_a_mask_that_does_not_fit_is_an_error_before_any_step(start, stripes, monkeypatch):
     monkeypatch.setattr(training.Trainer, "train_step", lambda self, draw: pytest.fail("trained"))
     for folder, name, size in (("test/cut", "0.png", SIDE), ("ground_truth/cut", "0_mask.png", 2 * SIDE)):

@@ -85,8 +85,16 @@ class Split:
 
         Every file is read for it; one that cannot be read counts as empty.
         """
+        return self._hash("train", "validation", "test")
+
+    @property
+    def learned_from(self) -> str:
+        """A SHA-256 as `fingerprint`, of the images that a training sees or holds out: others may change after it."""
+        return self._hash("train", "validation")
+
+    def _hash(self, *parts: str) -> str:
         whole = hashlib.sha256()
-        for part in ("train", "validation", "test"):
+        for part in parts:
             for sample in getattr(self, part):
                 whole.update(f"{part} {sample.label} {sample.defect}\n".encode())
                 masks = find_images(sample.mask) if sample.mask and sample.mask.is_dir() else [sample.mask]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -25,7 +24,7 @@ from effad_lib.distillation.targets import Views, channel_statistics, fit_initia
 from effad_lib.distillation.teachers import save_teacher
 from effad_lib.documents import are_numbers, is_seconds, is_whole
 from effad_lib.execution import alone_in
-from effad_lib.images import NaturalImages
+from effad_lib.images import NaturalImages, names_sha256
 from effad_lib.memory import enough_memory, kept_memory
 from effad_lib.networks import PDN, Layers
 from effad_lib.progress import progress
@@ -328,10 +327,9 @@ class Distiller:
 def sources(settings: DistillationSettings, paths: list[Path]) -> dict[str, str]:
     """Return what a distillation is made from: the hash of the backbone's file and of the photographs' names."""
     folder = resolve(settings.images) if settings.images else ""
-    names = "\n".join(sorted(str(path.relative_to(folder)) if folder else path.name for path in paths))
     return {
         "backbone": file_sha256(weights_file(settings.backbone, settings.backbone_weights)),
-        "photographs": hashlib.sha256(names.encode()).hexdigest(),
+        "photographs": names_sha256(paths, folder),
     }
 
 

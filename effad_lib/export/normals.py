@@ -31,7 +31,11 @@ def find_normals(source: Path, normals: str | Path | None) -> Sequence[Path]:
         return find_images(normals)
     folder = source.resolve() if source.is_dir() else source.resolve().parent
     try:
-        return [sample.image for sample in data_of(Run(folder)).validation]
+        run = Run(folder)
+        split = data_of(run)
+        if "training_images" in run.sources and run.sources["training_images"] != split.learned_from:
+            raise RunError(f"the training images of {split.name} are others than those it was trained on")
+        return [sample.image for sample in split.validation]
     except (RunError, ValueError) as error:
         raise SettingsError(
             f"{source}: the good images that it held out from training are not at hand ({error}). An export is "

@@ -116,6 +116,11 @@ class Run:
         """
         path = self.folder / "parameters.yaml"
         if not path.is_file():
+            if self.model.is_file():
+                raise RunError(
+                    f"{self.folder} holds a {self.model.name} and no {path.name}, which would tell how it was trained. "
+                    f"Choose another run folder."
+                )
             return
         new = settings.as_dict()
         old = dict(settings.BEFORE) | self.parameters

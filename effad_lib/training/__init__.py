@@ -11,7 +11,7 @@ from effad_lib.datasets import Split, verify_masks
 from effad_lib.detector import EfficientAD
 from effad_lib.distillation import load_teacher
 from effad_lib.execution import alone_in
-from effad_lib.images import NaturalImages, check_levels, image_size, load_images
+from effad_lib.images import NaturalImages, check_levels, image_size, load_images, names_sha256
 from effad_lib.memory import enough_memory
 from effad_lib.provenance import note_provenance
 from effad_lib.runs import Run, resolve
@@ -52,14 +52,15 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
         )
     # Before the folder takes the settings, or it would refuse those with a wish that can be kept.
     rank(len(split.validation), settings.false_alarm_rate, settings.confidence)
-    sources = {"teacher": teacher_card["sha256"]}
+    sources = {"teacher": teacher_card["sha256"], "training_images": split.learned_from}
     if run.model.is_file():
         run.check(settings, sources)
         return EfficientAD.load(run.model, device)
     with alone_in(run.folder):
-        natural = NaturalImages(resolve(settings.penalty_images) if settings.penalty_images else "")
+        photographs = resolve(settings.penalty_images) if settings.penalty_images else ""
+        natural = NaturalImages(photographs)
         natural.check()
-        run.start(settings, sources)
+        run.start(settings, sources | {"penalty_images": names_sha256(natural.paths, photographs)})
         verify_masks(split)
         made_from = {"data": split.fingerprint, "teacher": teacher_card["sha256"]}
         note_provenance(run.folder, device, seed=settings.seed, **made_from)
