@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,6 +169,27 @@ def test_what_somebody_puts_there_meanwhile_stays(tmp_path, monkeypatch):
     with pytest.raises(SynthesisError, match="left alone"):
         synthesize(settings(tmp_path, defects=["scratch"], **FEW))
     assert [path.name for path in tmp_path.rglob("*")] == ["metal", "mine.txt"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_data_set_that_another_process_has_put_there_meanwhile_stays(tmp_path, monkeypatch, seed):
+    scratch, wanted = DEFECTS["scratch"], settings(tmp_path / "mine", defects=["scratch"], **FEW)
+    theirs = synthesize(replace(wanted, data_root=str(tmp_path / "theirs"), seed=seed))
+
+    def meddle(*arguments):
+        if not wanted.folder.exists():
+            shutil.copytree(theirs, wanted.folder)
+            inodes.add((wanted.folder / "manifest.json").stat().st_ino)
+        return scratch.apply(*arguments)
+
+    inodes = set()
+    monkeypatch.setitem(DEFECTS, "scratch", replace(scratch, apply=meddle))
+    with (
+        nullcontext() if seed == 0 else pytest.raises(SynthesisError, match=r"another data set \(seed: 1 there, 0 now")
+    ):
+        synthesize(wanted)
+    assert {(wanted.folder / "manifest.json").stat().st_ino} == inodes
+    assert files(tmp_path / "mine") == {f"metal/{name}": data for name, data in files(theirs).items()}
 
 
 def test_a_broken_off_writing_leaves_what_was_there(tmp_path, monkeypatch):

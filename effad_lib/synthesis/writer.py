@@ -45,28 +45,33 @@ def synthesize(settings: SynthesisSettings) -> Path:
     all. Another data set that is there is replaced with `overwrite` and is else a `SynthesisError` that names
     the differences; a folder with anything else in it is never replaced.
     """
-    folder, identity = settings.folder, settings.identity
+    folder = settings.folder
     put_back(folder)
-    manifest = _manifest(folder)
-    if manifest:
-        there = manifest["settings"]
-        changed = [
-            f"{name}: {there.get(name)} there, {value} now"
-            for name, value in identity.items()
-            if there.get(name) != value
-        ]
-        if not changed:
-            return folder
-        if not settings.overwrite:
-            raise SynthesisError(
-                f"{folder} holds another data set ({'; '.join(changed)}). Set overwrite = True to replace it, or name "
-                "another data_root."
-            )
-        _check_own(folder, manifest)
-    with _put_in_place(folder) as work:
-        records = _all(partial(_write, work, settings), settings.plan(), settings, f"rendering {folder.name}")
-        write_json(work / MANIFEST, {"settings": identity, "mask_tolerance": TOLERANCE, "images": records})
+    if not _is_there(settings):
+        with _put_in_place(settings) as work:
+            records = _all(partial(_write, work, settings), settings.plan(), settings, f"rendering {folder.name}")
+            manifest = {"settings": settings.identity, "mask_tolerance": TOLERANCE, "images": records}
+            write_json(work / MANIFEST, manifest)
     return folder
+
+
+def _is_there(settings: SynthesisSettings) -> bool:
+    """Whether the data set of these settings is there. Raises `SynthesisError` for another one that is not replaced."""
+    folder, identity = settings.folder, settings.identity  # which raises for photographs that are not there
+    if not (manifest := _manifest(folder)):
+        return False
+    there = manifest["settings"]
+    changed = [
+        f"{name}: {there.get(name)} there, {value} now" for name, value in identity.items() if there.get(name) != value
+    ]
+    if changed and not settings.overwrite:
+        raise SynthesisError(
+            f"{folder} holds another data set ({'; '.join(changed)}). Set overwrite = True to replace it, or name "
+            "another data_root."
+        )
+    if changed:
+        _check_own(folder, manifest)
+    return not changed
 
 
 def put_back(folder: Path) -> None:
@@ -246,21 +251,22 @@ def _save(path: Path, pixels: np.ndarray) -> None:
 
 
 @contextmanager
-def _put_in_place(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `folder` when all went well, and is deleted if not."""
+def _put_in_place(settings: SynthesisSettings) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of a data set's when all went well, and is deleted if not."""
+    folder = settings.folder
     work, old = partial_of(folder), partial_of(_old(folder))
     try:
         remove_forsaken(folder.parent, folder.name)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
-        if manifest := _manifest(folder):  # looked at again: somebody may have put something there meanwhile
-            _check_own(folder, manifest)
-            os.utime(folder)  # not forsaken yet
-            folder.rename(old)
-        elif folder.exists():
-            folder.rmdir()
-        work.rename(folder)
+        if not _is_there(settings):  # looked at again: somebody may have put something there meanwhile
+            if _manifest(folder):
+                os.utime(folder)  # not forsaken yet
+                folder.rename(old)
+            elif folder.exists():
+                folder.rmdir()
+            work.rename(folder)
     except OSError as error:
         raise SynthesisError(f"{folder} cannot be written ({error}). Name another data_root.") from error
     finally:
