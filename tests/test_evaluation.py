@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from effad_lib.evaluation import (
     brightness_scores,
     evaluate,
     load_maps,
-    tiff_places,
+    tiff_files,
     unnormalised_scores,
     worst_mistakes,
 )
@@ -256,6 +256,10 @@ def test_maps_are_written_where_the_evaluation_code_of_mvtec_reads_them(samples,
     assert (tmp_path / "maps" / "test" / "good" / "a.tiff").is_file()
     with pytest.raises(EvaluationError, match=r"2 images would have their map in test/good/a\.tiff"):
         evaluate(Brightness(), [samples[0], samples[0]]).save_tiffs(tmp_path / "twice")
+    before = inside.image.read_bytes()
+    with pytest.raises(EvaluationError, match=f"{tmp_path}/set/test holds the images themselves"):
+        evaluate(Brightness(), [inside]).save_tiffs(tmp_path / "set")
+    assert not list((tmp_path / "set").rglob("*.tiff")) and inside.image.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -270,7 +274,7 @@ def test_maps_are_written_where_the_evaluation_code_of_mvtec_reads_them(samples,
     ],
 )
 def test_a_map_keeps_its_path_below_the_test_folder_whatever_else_is_called_test(image, defect, place):
-    assert tiff_places([Sample(Path(image), None, int(defect != "good"), defect)]) == [PurePosixPath(place)]
+    assert tiff_files([Sample(Path(image), None, int(defect != "good"), defect)], "maps") == [Path("maps") / place]
 
 
 def test_unreadable_images_are_reported_and_skipped(samples, tmp_path):

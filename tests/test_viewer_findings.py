@@ -83,6 +83,15 @@ def test_a_run_that_is_not_evaluated_or_by_another_version_is_refused_with_the_r
         of_run(run)
 
 
+def test_maps_are_not_shown_for_another_image_when_somebody_has_sorted_the_scores(run):
+    table = pd.read_csv(run / "scores.csv")
+    table.sort_values("score", ascending=False).to_csv(run / "scores.csv", index=False)
+    findings = of_run(run)
+    moved = next(k for k, name in enumerate(findings.names) if name != table["file"][k])
+    with pytest.raises(ImageError, match=r"not those of its score: .*scores\.csv was changed since\. Measure it"):
+        findings.picture(moved)
+
+
 def test_images_that_are_gone_are_named(run):
     (run.with_name("data") / "test" / "good" / "1.png").unlink()
     with pytest.raises(RunError, match=r"1 of its images are not in folder/data any more, .*good/1\.png\. Measure it"):

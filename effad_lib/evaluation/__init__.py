@@ -19,7 +19,7 @@ from effad_lib.evaluation.result import (
     Evaluation,
     EvaluationError,
     load_maps,
-    tiff_places,
+    tiff_files,
     worst_mistakes,
 )
 from effad_lib.evaluation.scoring import evaluate
@@ -43,7 +43,7 @@ __all__ = [
     "finish_run",
     "latency",
     "load_maps",
-    "tiff_places",
+    "tiff_files",
     "told_data",
     "unnormalised_scores",
     "worst_mistakes",

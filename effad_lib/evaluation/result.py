@@ -299,26 +299,30 @@ class Evaluation:
     def save_tiffs(self, folder: str | Path) -> None:
         """Write each combined map as float32 TIFF at its image's size, where the evaluation code of MVTec expects it.
 
-        That is `<folder>/test/<defect>/<image>.tiff`, see `tiff_places`. Of MVTec AD 2 only the part `test_public` is
+        That is `<folder>/test/<defect>/<image>.tiff`, see `tiff_files`. Of MVTec AD 2 only the part `test_public` is
         evaluated and written; MVTec's server wants the maps of `test_private` and `test_private_mixed` too.
         """
-        for index, place in enumerate(tiff_places(self.samples)):
+        for index, file in enumerate(tiff_files(self.samples, folder)):
             packed = io.BytesIO()
             Image.fromarray(self.heat(index)).save(packed, format="TIFF")
-            write_bytes(Path(folder) / place, packed.getvalue())
+            write_bytes(file, packed.getvalue())
 
 
-def tiff_places(samples: Sequence[Sample]) -> list[PurePosixPath]:
-    """Return where `Evaluation.save_tiffs` writes the map of each image, below the folder of its category.
+def tiff_files(samples: Sequence[Sample], folder: str | Path) -> list[Path]:
+    """Return where `Evaluation.save_tiffs` writes the map of each image, below a folder for its category.
 
     The path from the folder `test` (or `test_public`) that holds the image's folder <defect> on; for an image that lies
-    in no such folders `test/<defect>/<image>.tiff`. Raises `EvaluationError` if two images would have the same file.
+    in no such folders `test/<defect>/<image>.tiff`. Raises `EvaluationError` if two images would have the same file,
+    or if maps would lie among the images, or in their place.
     """
     places = [_place(sample) for sample in samples]
     for place, count in Counter(places).items():
         if count > 1:
             raise EvaluationError(f"{count} images would have their map in {place}: rename one of them.")
-    return places
+    for top in {(Path(folder) / place.parts[0]).resolve() for place in places}:
+        if any(sample.image.resolve().is_relative_to(top) for sample in samples):
+            raise EvaluationError(f"{top} holds the images themselves, and maps would lie there. Name another folder.")
+    return [Path(folder) / place for place in places]
 
 
 def worst_mistakes(

@@ -189,9 +189,15 @@ def of_run(folder: str | Path, device: str = "auto") -> Findings:
 
     def maps(index: int) -> Maps:
         try:
-            return load_maps(run.folder, index)._asdict()
+            maps = load_maps(run.folder, index)
         except Exception as error:  # of a broken archive NumPy raises whatever its parsing runs into
             raise ImageError(f"the maps of {found['file'][index]} cannot be read ({error}). {remedy}") from error
+        limit = np.finfo(np.float16).max  # maps are kept as such numbers
+        if not np.isclose(maps.combined.max(), np.clip(found["score"][index], -limit, limit), rtol=1e-3, atol=1e-6):
+            raise ImageError(
+                f"the maps of {found['file'][index]} are not those of its score: {table} was changed since. {remedy}"
+            )
+        return maps._asdict()
 
     return Findings(
         split.name,
