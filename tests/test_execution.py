@@ -91,6 +91,9 @@ def test_an_owner_on_another_machine_holds_it_as_long_as_it_gives_signs_of_life(
         LockError, match=r"process 7 on elsewhere since 2026-01-02T03:04:05 UTC \(last sign of life 5 s"
     ):
         Lock(path).take()
+    left_by(path, "elsewhere", age=-STALE - 1000)  # by a clock that is ahead, or this one was set back
+    with pytest.raises(LockError, match=rf"sign of life 11\d\d s from now.* if it is dead, delete {path}\."):
+        Lock(path).take()
     left_by(path, "elsewhere", age=STALE + 1)
     assert not Lock(path).is_held
     with Lock(path) as lock:

@@ -111,13 +111,16 @@ class Lock:
 
     @property
     def age(self) -> float:
-        """Seconds since the last sign of life; infinite if there was none, or if the lock was given back."""
+        """Seconds since the last sign of life; infinite if there was none, or if the lock was given back.
+
+        Below zero if the clock of another machine is ahead, or if this one's was set back.
+        """
         try:
             with open_plain(self.path) as file:  # opening it makes a network file system ask for its true time
                 changed = os.fstat(file.fileno()).st_mtime
         except OSError:
             return math.inf
-        return max(0.0, time.time() - changed) if changed > 1 else math.inf
+        return time.time() - changed if changed > 1 else math.inf
 
     @property
     def was_given_back(self) -> bool:
@@ -206,10 +209,15 @@ class Lock:
         owner, age = self.owner, self.age
         if owner is None:
             return f"{self.path.parent} is in use by another process. Wait for it, or stop it."
+        who = f"{self.path.parent} is in use by process {owner.pid} on {owner.host} since {owner.since[:19]} UTC"
+        if age < -STALE:
+            return (
+                f"{who} (last sign of life {-age:.0f} s from now, so by another clock). Wait for it, or stop it; if it "
+                f"is dead, delete {self.path}."
+            )
         return (
-            f"{self.path.parent} is in use by process {owner.pid} on {owner.host} since {owner.since[:19]} UTC (last "
-            f"sign of life {age:.0f} s ago). Wait for it, or stop it; a dead one on another machine lets go after "
-            f"{STALE:.0f} s."
+            f"{who} (last sign of life {max(0.0, age):.0f} s ago). Wait for it, or stop it; a dead one on another "
+            f"machine lets go after {STALE:.0f} s."
         )
 
     def check(self) -> None:
