@@ -140,6 +140,17 @@ def test_loose_good_images_beside_test_folders(tmp_path):
     assert len(split.train) + len(split.validation) == 13 and len(split.test) == 1
 
 
+def test_pictures_that_a_run_makes_in_the_folder_of_its_images_are_not_trained_on(tmp_path):
+    for index in range(14):
+        save(tmp_path / f"{index:02}.png")
+    before = load_dataset("folder", root=tmp_path)
+    for name in ("parameters.yaml", "sources.json"):
+        (tmp_path / name).write_text("{}")
+    for name in ("figures/roc.png", "gallery/0.png", "heatmaps/00.png"):
+        save(tmp_path / name)
+    assert load_dataset("folder", root=tmp_path) == before
+
+
 def test_folder_of_several_data_sets_is_refused(tmp_path):
     mvtec(tmp_path / "bottle")
     mvtec(tmp_path / "screw")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from effad_lib.datasets.split import DatasetError, Sample, Samples, Split, hold_out, listed, register
 from effad_lib.images import ImageError, find_images
-from effad_lib.runs import holds_results
+from effad_lib.runs import RESULT_FOLDERS, holds_results
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def _loose(files: Files, base: Path) -> Samples:
     reserved = {"test", "ground_truth", "validation"}
     folders = {base.joinpath(*parts[:depth]) for parts in files for depth in range(1, len(parts))}
     ours = set(filter(holds_results, folders))
+    if holds_results(base):  # a run in the folder of its own images
+        ours |= {base / name for name in RESULT_FOLDERS}
     loose = {
         parts: path
         for parts, path in files.items()

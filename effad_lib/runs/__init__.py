@@ -22,7 +22,7 @@ from effad_lib.runs.files import (
     write_json,
     write_text,
 )
-from effad_lib.runs.results import COLUMNS, GALLERY, holds_results, is_gallery
+from effad_lib.runs.results import COLUMNS, GALLERY, RESULT_FOLDERS, holds_results, is_gallery
 from effad_lib.runs.run import METRICS, Run, finish_step_on_interrupt
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "METRICS",
     "NO_SPACE",
     "PROJECT",
+    "RESULT_FOLDERS",
     "BadNameError",
     "Run",
     "RunError",

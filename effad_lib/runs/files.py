@@ -41,6 +41,8 @@ def resolve(path: str | Path, start: Path | None = None) -> Path:
 
     Raises `RunError` for what can be no path, such as a link that leads to itself.
     """
+    if not str(path):
+        raise RunError("'' names no file and no folder. Name one; . is the folder that one is in.")
     try:
         return ((start or PROJECT) / Path(path).expanduser()).resolve()
     except (OSError, ValueError, RuntimeError) as error:

@@ -12,6 +12,10 @@ COLUMNS = ("file", "score", "threshold", "decision", "marked", "error")
 """Of the `scores.csv` in which `detect` says what it found."""
 
 
+RESULT_FOLDERS = ("figures", "gallery", "heatmaps", "masks")
+"""Where pictures lie in a run and in what `detect` found."""
+
+
 def holds_results(folder: Path) -> bool:
     """Whether a folder holds what this program made of images: a run, what `detect` found, or a gallery.
 
