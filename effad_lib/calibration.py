@@ -48,7 +48,8 @@ def rank(normals: int, false_alarm_rate: float, confidence: float) -> int:
 
     below = int(binom.ppf(confidence, normals, 1 - false_alarm_rate))
     if below >= normals:
-        needed = math.ceil(math.log(1 - confidence) / math.log1p(-false_alarm_rate))
+        needed = math.log(1 - confidence) / math.log1p(-false_alarm_rate)
+        needed = math.ceil(needed) if needed < 1e9 else f"{needed:.0e}"
         raise SettingsError(
             f"a false_alarm_rate of {false_alarm_rate:g} with confidence {confidence:g} needs {needed} held-out normal "
             f"images, there are {normals}. Hold out more (more good images, a larger validation_share), or wish for "

@@ -64,6 +64,7 @@ class Settings:
         for field in dataclasses.fields(self):
             value = _checked(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
+        self.require(getattr(self, "run_folder", ".") != "", "run_folder", "the name of a folder")
         self.check()
 
     def check(self) -> None:
@@ -138,7 +139,9 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         raise SettingsError(f"{name} = {short(value)}: {name} takes text that UTF-8 can encode.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is hint and not (hint is float and math.isnan(value)):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"{name} = {value}: {name} takes a finite number.")
+    if type(value) is hint:
         return value
     remedy = ""
     if isinstance(value, str) and hint in (int, float):

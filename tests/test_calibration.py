@@ -43,6 +43,8 @@ def test_the_error_says_how_many_normal_images_the_wish_needs():
             rank(needed - 1, rate, 0.95)
         assert rank(needed, rate, 0.95) == needed
     assert rank(7, 0.0, 0.95) == 7
+    with pytest.raises(SettingsError, match=r"a false_alarm_rate of \S+e-3\d\d .* needs inf held-out normal images"):
+        rank(20, 1e-320, 0.95)
     for rate, confidence, name in (
         (1.0, 0.9, "false_alarm_rate = 1.0"),
         (-0.1, 0.9, "false"),

@@ -57,7 +57,7 @@ def test_a_notebook_with_an_unknown_parameter_names_it_and_the_nearest():
         ("steps", True, "takes int, not bool"),
         ("steps", None, "takes int, not NoneType"),
         ("learning_rate", "1e-4", "write 1.0e-4"),
-        ("learning_rate", float("nan"), "takes float"),
+        ("learning_rate", float("nan"), "takes a finite number"),
         ("learning_rate", True, "takes float, not bool"),
         ("image_size", 64, "takes a list of int"),
         ("image_size", "64", "takes a list of int"),

@@ -174,6 +174,14 @@ def test_names_go_to_an_output_that_takes_no_other_letters(model, picture, tmp_p
     assert not done.returncode and done.stdout.endswith(b"out\\udcff\n")
 
 
+def test_closed_standard_streams_keep_no_command_from_its_work(model, picture, tmp_path):
+    command = [sys.executable, "-m", "effad_lib.cli", "detect", model, picture(tmp_path / "a.png")]
+    for number, streams in enumerate(("2>&-", ">&- 2>&- <&-")):
+        out = tmp_path / str(number)
+        subprocess.run(["sh", "-c", f'"$@" {streams}', "sh", *command, "--out", out, "--heatmaps", "none"], check=True)
+        assert len(pd.read_csv(out / "scores.csv")) == 1
+
+
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take no such names")
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_folder_whose_name_is_no_text_is_named_before_any_work(model, picture, tmp_path, capsys, monkeypatch, linked):

@@ -27,17 +27,17 @@ SETTINGS = [
     (TrainingSettings, {"validate_every": 0}, "validate_every takes"),
     (TrainingSettings, {"checkpoint_every": 0}, "checkpoint_every takes"),
     (TrainingSettings, {"learning_rate": 0.0}, "learning_rate takes a number between 0 and 1"),
-    (TrainingSettings, {"learning_rate": NAN}, "learning_rate takes float"),
-    (TrainingSettings, {"learning_rate": INFINITE}, "learning_rate takes a number between"),
+    (TrainingSettings, {"learning_rate": NAN}, "learning_rate = nan: learning_rate takes a finite number"),
+    (TrainingSettings, {"learning_rate": INFINITE}, "learning_rate = inf: learning_rate takes a finite number"),
     (TrainingSettings, {"weight_decay": -0.1}, "weight_decay takes"),
-    (TrainingSettings, {"weight_hard": INFINITE}, "weight_hard takes a weight of zero or more"),
+    (TrainingSettings, {"weight_hard": INFINITE}, "weight_hard takes a finite number"),
     (TrainingSettings, {"weight_autoencoder": -1.0}, "weight_autoencoder takes"),
-    (TrainingSettings, {"weight_student_autoencoder": NAN}, "weight_student_autoencoder takes float"),
+    (TrainingSettings, {"weight_student_autoencoder": NAN}, "weight_student_autoencoder takes a finite number"),
     (TrainingSettings, {"image_size": [64]}, "takes height and width"),
     (TrainingSettings, {"image_size": [64, HUGE]}, "at most 16,384"),
     (TrainingSettings, {"image_size": []}, "takes height and width"),
     (TrainingSettings, {"levels": [4095, 0]}, "the first the lower one"),
-    (TrainingSettings, {"levels": [0.0, INFINITE]}, "takes the values of black and of white"),
+    (TrainingSettings, {"levels": [0.0, INFINITE]}, "levels takes a finite number"),
     (TrainingSettings, {"levels": [0, 1, 2]}, "takes the values of black and of white"),
     (TrainingSettings, {"penalty_crop_scale": [0.0, 1.0]}, "penalty_crop_scale takes"),
     (TrainingSettings, {"penalty_crop_scale": [0.5, INFINITE]}, "penalty_crop_scale takes"),
@@ -48,7 +48,8 @@ SETTINGS = [
     (TrainingSettings, {"patience": -1}, "patience takes"),
     (TrainingSettings, {"ablation_steps": -1}, "ablation_steps takes"),
     (TrainingSettings, {"checkpoint": "first"}, "checkpoint takes 'last' or 'best'"),
-    (TrainingSettings, {"cache_gb": NAN}, "cache_gb takes float"),
+    (TrainingSettings, {"cache_gb": NAN}, "cache_gb takes a finite number"),
+    (TrainingSettings, {"cache_gb": INFINITE}, "cache_gb takes a finite number"),
     (TrainingSettings, {"cache_gb": -1.0}, "cache_gb takes"),
     (TrainingSettings, {"seed": -1}, "seed takes a whole number from 0"),
     (TrainingSettings, {"seed": HUGE}, "seed takes a whole number from 0 to below 2"),
@@ -73,7 +74,8 @@ SETTINGS = [
     (DistillationSettings, {"statistics_images": 1}, "statistics_images takes"),
     (DistillationSettings, {"fit_views": 0}, "fit_views takes"),
     (DistillationSettings, {"crop_scale": [0.9, 0.1]}, "crop_scale takes"),
-    (DistillationSettings, {"checkpoint_seconds": NAN}, "checkpoint_seconds takes float"),
+    (DistillationSettings, {"checkpoint_seconds": NAN}, "checkpoint_seconds takes a finite number"),
+    (DistillationSettings, {"checkpoint_seconds": INFINITE}, "checkpoint_seconds takes a finite number"),
     (DistillationSettings, {"checkpoint_seconds": -1.0}, "checkpoint_seconds takes"),
     (DistillationSettings, {"backbone": "../resnet18"}, "unknown backbone"),
     (SynthesisSettings, {"product": "../board"}, "unknown product"),
@@ -119,7 +121,8 @@ COMMANDS = {
     "train --steps 1e3": "--steps: invalid int value: '1e3'",
     "train --seed -1": "seed = -1",
     "train --seed 99999999999999999999": "seed takes no whole number of more than 64 bits",
-    "train --levels 0 inf": "takes the values of black and of white",
+    "train --levels 0 inf": "levels takes a finite number",
+    "train --run-folder=": "run_folder = '': run_folder takes the name of a folder",
     "train --image-size 64 20000": "at most 16,384",
     "train --image-size": "takes height and width",
     "train --dataset folder": "no folder at root ''",
@@ -147,6 +150,7 @@ COMMANDS = {
     "gallery nowhere --out .": "holds no finished evaluation",
     "threshold nowhere.safetensors --false-alarm-rate nan": "false_alarm_rate = nan",
     "threshold . --normals .": "there is no such file",
+    "threshold m.safetensors --out photograph.png": r"--out photograph\.png: a model's file ends in \.safetensors",
     "export nowhere": "there is no such file",
     "export . --to tensorrt": "to takes 'onnx' or 'openvino'",
     "export . --out model.bin": r"ends in \.onnx",
@@ -179,3 +183,10 @@ def test_commands_that_cannot_work_end_in_one_line_and_write_nothing(tmp_path, m
     command_refused(capsys, line.split(), COMMANDS[line])
     if "run-folder" not in line:
         assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch, capsys):
+    """As a script gives that has lost a value."""
+    monkeypatch.chdir(tmp_path)
+    command_refused(capsys, ["detect", "m.safetensors", ""], "IMAGE_OR_FOLDER is empty")
+    command_refused(capsys, ["damage", "", "x"], "'' names no file and no folder")

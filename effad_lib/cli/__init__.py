@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from effad_lib import __version__
 from effad_lib.cli import benchmarks, data, deployment, designs, detectors, notebooks, teachers
-from effad_lib.cli.options import Parser, mute, say
+from effad_lib.cli.options import Parser, mute, open_closed_streams, say
 from effad_lib.memory import ran_out
 
 # A command imports what it needs when it runs, so that `effad --help` does not wait for torch.
@@ -62,6 +62,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 after an error of the user's, or 130 after Ctrl-C."""
+    open_closed_streams()
     with contextlib.suppress(AttributeError):  # a notebook's output takes any letter
         if sys.stdout.errors == "strict":  # what its encoding lacks, such as "×" or a name's other bytes, is escaped
             sys.stdout.reconfigure(errors="backslashreplace")

@@ -99,7 +99,8 @@ def evaluate(options: argparse.Namespace) -> int:
 def _tiff_folders(root: str | None, runs: list[Path], splits: list[Any]) -> list[Path | None]:
     """Return where the maps of each run go.
 
-    Raises `EvaluationError` if two maps would be written to the same file and `RunError` where none could be written.
+    Raises `EvaluationError` if two maps would be written to the same file or over images, and `RunError` where none
+    could be written.
     """
     from effad_lib import evaluation
     from effad_lib.runs import check_writable, here
@@ -108,7 +109,6 @@ def _tiff_folders(root: str | None, runs: list[Path], splits: list[Any]) -> list
         return [None] * len(runs)
     targets: dict[Path, Path] = {}
     for run, split in zip(runs, splits, strict=True):
-        evaluation.tiff_places(split.test)
         above = here(root) / (run.name if len(runs) > 1 else "")
         target = above / split.name.rpartition("/")[2]
         if target in targets:
@@ -116,7 +116,7 @@ def _tiff_folders(root: str | None, runs: list[Path], splits: list[Any]) -> list
                 f"{targets[target]} and {run} would both have their maps in {target}. Evaluate them one by one, each "
                 f"with a folder of its own for --save-tiffs."
             )
-        check_writable(target / "test" / "map.tiff")
+        check_writable(evaluation.tiff_files(split.test, target)[0])
         targets[target] = run
     return list(targets)
 
@@ -173,6 +173,8 @@ def detect(options: argparse.Namespace) -> int:
     from effad_lib.runs import here
     from effad_lib.settings import SettingsError
 
+    if not options.images:
+        raise SettingsError("IMAGE_OR_FOLDER is empty: name an image or a folder.")
     detector = detection.open_model(here(options.model), options.device, options.threads)
     runs_on = f"{getattr(detector, 'runtime', 'torch')} on {detector.device}"
     wanted = {"heatmaps": options.heatmaps or ("defective" if options.watch else "all")}
@@ -238,6 +240,8 @@ def threshold(options: argparse.Namespace) -> int:
     out = here(options.out) if options.out else path
     if not options.out:
         check_link(options.model)
+    elif out.suffix != ".safetensors":
+        raise SettingsError(f"--out {options.out}: a model's file ends in .safetensors.")
     settings = TrainingSettings.from_mapping(given(options, _decision_options()))
     rate, confidence = settings.false_alarm_rate, settings.confidence
     detector, overlap = EfficientAD.load(path, pick_device(options.device)), options.tile_overlap

@@ -23,6 +23,13 @@ def say(message: object) -> None:
     print("effad:", printable(message, keep="\n\t"), file=sys.stderr)
 
 
+def open_closed_streams() -> None:
+    """Let a standard stream that was closed, for which Python has None, lead nowhere; no other file gets its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
 def mute() -> None:
     """Let what is printed from now on go nowhere: the reader of our output has left, as `head` does."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -85,7 +84,7 @@ class DistillationSettings(Settings):
         self.require(self.statistics_images >= 2, "statistics_images", "at least 2 images")
         self.require(self.held_out >= 0, "held_out", "zero or more photographs")
         self.require(self.fit_views >= 1, "fit_views", "a positive number of views")
-        self.require(0 < self.ridge < math.inf, "ridge", "a number above 0")
+        self.require(self.ridge > 0, "ridge", "a number above 0")
         self.require(0 < self.learning_rate < 1, "learning_rate", "a number between 0 and 1")
         self.require(self.schedule in ("constant", "cosine"), "schedule", "'constant' or 'cosine'")
         self.require(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from effad_lib.settings import Settings, check_threads
@@ -29,6 +28,6 @@ class SweepSettings(Settings):
     def check(self) -> None:
         check_threads(self.threads)
         self.require(self.workers >= 0, "workers", "a whole number of at least 0")
-        self.require(0 <= self.gpu_minutes < math.inf, "gpu_minutes", "minutes, or 0 if they are not known")
+        self.require(self.gpu_minutes >= 0, "gpu_minutes", "minutes, or 0 if they are not known")
         sourced = not self.gpu_minutes or self.gpu_source
         self.require(bool(sourced), "gpu_source", "the source of gpu_minutes: a figure without one says nothing")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -85,7 +84,7 @@ class TrainingSettings(Settings):
         self.require(self.initialisation in ("default", "scaled"), "initialisation", "'default' or 'scaled'")
         self.require(0 <= self.hard_quantile < 1, "hard_quantile", "a share in [0, 1)")
         for name in ("weight_hard", "weight_penalty", "weight_autoencoder", "weight_student_autoencoder"):
-            self.require(0 <= getattr(self, name) < math.inf, name, "a weight of zero or more")
+            self.require(getattr(self, name) >= 0, name, "a weight of zero or more")
         crop = self.penalty_crop_scale
         sound = not crop or (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1)
         self.require(sound, "penalty_crop_scale", "[] or two shares of the area, 0 < low <= high <= 1")
