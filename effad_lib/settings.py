@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -145,7 +146,9 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         return value
     remedy = ""
     if isinstance(value, str) and hint in (int, float):
-        remedy = " YAML reads 1e-4 as text: write 1.0e-4." if "e" in value.lower() else " Remove the quotes."
+        with contextlib.suppress(ValueError):
+            float(value)
+            remedy = " YAML reads 1e-4 as text: write 1.0e-4." if "e" in value.lower() else " Remove the quotes."
     raise SettingsError(f"{name} = {short(value)}: {name} takes {hint.__name__}, not {type(value).__name__}.{remedy}")
 
 

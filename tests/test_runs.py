@@ -21,6 +21,7 @@ from effad_lib.runs import (
     RunError,
     finish_step_on_interrupt,
     harmless,
+    here,
     resolve,
     write_bytes,
     write_csv,
@@ -46,6 +47,14 @@ def test_relative_paths_are_the_projects(tmp_path, monkeypatch):
     assert resolve("runs/x") == PROJECT / "runs" / "x"
     assert resolve(tmp_path) == tmp_path.resolve()
     assert resolve("~") == Path.home().resolve()
+
+
+def test_whoever_is_in_a_folder_that_was_deleted_is_told_so(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(RunError, match="the folder that one is in was deleted"):
+        here("run")
 
 
 def test_writing_makes_folders_and_leaves_nothing_else(tmp_path):

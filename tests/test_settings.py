@@ -53,6 +53,7 @@ def test_a_notebook_with_an_unknown_parameter_names_it_and_the_nearest():
     ("name", "value", "says"),
     [
         ("steps", "3", "takes int, not str. Remove the quotes"),
+        ("steps", "many", "takes int, not str.$"),
         ("steps", 3.0, "takes int, not float"),
         ("steps", True, "takes int, not bool"),
         ("steps", None, "takes int, not NoneType"),

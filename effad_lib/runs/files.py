@@ -51,7 +51,10 @@ def resolve(path: str | Path, start: Path | None = None) -> Path:
 
 def here(path: str | Path) -> Path:
     """Return a path as one means it on the command line: absolute, relative ones taken from where one is."""
-    return resolve(path, Path.cwd())
+    try:
+        return resolve(path, Path.cwd())
+    except FileNotFoundError as error:
+        raise RunError("the folder that one is in was deleted. Go to another one.") from error
 
 
 def from_project(path: str | Path) -> str:
