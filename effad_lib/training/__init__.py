@@ -41,7 +41,8 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
     TensorBoard scalars and maps, `history.csv` and at the end `model.safetensors`. A finished training is loaded. A
     resumed one ends with the same weights as an undisturbed one, bit for bit on the CPU. Raises `SettingsError`,
     `ImageError`, `DatasetError` or `RunError` before long work starts, such as `LockError` while another process works
-    in the folder, and `OutOfMemory` when a step takes too much.
+    in the folder or for a folder whose training had other settings, images or another teacher, and `OutOfMemory` when a
+    step takes too much.
     """
     device = pick_device(settings.device)
     run = Run(settings.run_folder)
