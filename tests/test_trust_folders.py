@@ -133,8 +133,9 @@ def test_names_in_tables_and_cards_cannot_control_a_terminal_either(
 
 def test_a_place_for_a_model_is_checked_before_images_are_measured(model, picture, tmp_path, capsys, monkeypatch):
     picture(tmp_path / "in" / "a.png")
+    (tmp_path / "taken.safetensors").mkdir()
     monkeypatch.setattr("effad_lib.calibration.measure_normals", lambda *_, **__: pytest.fail("work was done"))
-    command = ["threshold", model, "--normals", tmp_path / "in", "--out", tmp_path]
+    command = ["threshold", model, "--normals", tmp_path / "in", "--out", tmp_path / "taken.safetensors"]
     command_refused(capsys, command, "cannot write .*Is a directory.* Choose another folder")
 
 

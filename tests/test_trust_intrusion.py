@@ -163,8 +163,9 @@ def test_a_model_that_is_a_link_is_not_written_for(sent, capsys, command):
     command = [command, model, "--normals", sent / "images"]
     command += ["--compare", 2] if command[0] == "export" else []
     command_refused(capsys, command, f"{model} is a link to {sent.parent}/mine/model.safetensors. Name that file")
-    assert main([str(part) for part in [*command, "--out", sent / "new.onnx"]]) == 0
-    assert files(sent.parent / "mine") == before and (sent / "new.onnx").is_file()
+    new = sent / f"new{'.onnx' if command[0] == 'export' else '.safetensors'}"
+    assert main([str(part) for part in [*command, "--out", new]]) == 0
+    assert files(sent.parent / "mine") == before and new.is_file()
 
 
 def test_views_are_saved_beside_the_notes_alone(sent):

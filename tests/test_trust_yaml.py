@@ -103,7 +103,7 @@ VALUES = {  # values of a parameter, and what is said of them; a name that is un
     "steps: ~": "steps takes int, not NoneType",
     "steps: [1]": "steps takes int, not list",
     "steps: 2026-01-01": "steps takes int, not date",
-    "rate: .nan": "rate takes float",
+    "rate: .nan": "rate = nan: rate takes a finite number",
     "rate: 1e-4": r"write 1\.0e-4",
     "rate: high": "rate takes float, not str",
     "rate: 0x": "rate takes float, not str",
