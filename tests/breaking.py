@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from effad_lib.execution.process import GRACE
+from effad_lib.runs import finish_step_on_interrupt
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -46,6 +47,9 @@ NO_DISK = 77
 
 LEFT_OUT = {"provenance.json", "tensorboard", "watch.lock", "sweep.lock", "run.log"}
 """Files and folders that tell of each start, and are not compared."""
+
+MAY_END = "Ctrl-C is awaited"
+"""What a watch prints here as soon as Ctrl-C ends it in order: before, that would break off a start."""
 
 TIMES = ("seconds", "training_seconds", "latency_ms")
 """Names of values that are measured in time, and never the same twice."""
@@ -112,9 +116,10 @@ def _command(arguments: list[str], notebooks: Path | None, folder: Path, said: P
     os.dup2(output, 2)
     os.environ["MPLBACKEND"] = "Agg"
     torch.set_num_threads(1)
-    from effad_lib import sweeps
+    from effad_lib import sweeps, watching
     from effad_lib.cli import main
 
+    watching.finish_step_on_interrupt = _announced
     if notebooks:
         for name in ("load_sweep", "run_sweep"):
             setattr(sweeps, name, partial(getattr(sweeps, name), notebooks=notebooks))
@@ -129,6 +134,13 @@ def _command(arguments: list[str], notebooks: Path | None, folder: Path, said: P
         shutil.copytree(folder, folder.with_name("left"))
     print(f"\n{count[0]} files written", flush=True)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _announced() -> Iterator[Callable[[], bool]]:
+    with finish_step_on_interrupt() as interrupted:
+        print(MAY_END, flush=True)
+        yield interrupted
 
 
 def _count_files(folder: Path, fault: Fault) -> list[int]:
@@ -219,7 +231,7 @@ def run(job: Job, folder: Path, fault: Fault = Fault(), kill_after: float | None
             for number in _session(process.pid) | processes_of(folder) if job.notebooks else {process.pid}:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(number, signal.SIGKILL)
-        if job.until and not told and job.until(folder):
+        if job.until and not told and said.is_file() and MAY_END in said.read_text() and job.until(folder):
             told = True
             os.kill(process.pid, signal.SIGINT)
     seconds = time.monotonic() - began
