@@ -189,4 +189,5 @@ def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch, c
     """As a script gives that has lost a value."""
     monkeypatch.chdir(tmp_path)
     command_refused(capsys, ["detect", "m.safetensors", ""], "IMAGE_OR_FOLDER is empty")
+    command_refused(capsys, ["detect", "m.safetensors", "x", "--out", ""], "--out is empty")
     command_refused(capsys, ["damage", "", "x"], "'' names no file and no folder")

@@ -173,8 +173,9 @@ def detect(options: argparse.Namespace) -> int:
     from effad_lib.runs import here
     from effad_lib.settings import SettingsError
 
-    if not options.images:
-        raise SettingsError("IMAGE_OR_FOLDER is empty: name an image or a folder.")
+    for name, value in {"IMAGE_OR_FOLDER": options.images, "--out": options.out}.items():
+        if not value:
+            raise SettingsError(f"{name} is empty: name an image or a folder.")
     detector = detection.open_model(here(options.model), options.device, options.threads)
     runs_on = f"{getattr(detector, 'runtime', 'torch')} on {detector.device}"
     wanted = {"heatmaps": options.heatmaps or ("defective" if options.watch else "all")}

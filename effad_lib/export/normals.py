@@ -33,7 +33,7 @@ def find_normals(source: Path, normals: str | Path | None) -> Sequence[Path]:
     try:
         run = Run(folder)
         split = data_of(run)
-        if "training_images" in run.sources and run.sources["training_images"] != split.learned_from:
+        if run.sources.get("training_images") not in (None, split.learned_from):  # an earlier version's is unknown
             raise RunError(f"the training images of {split.name} are others than those it was trained on")
         return [sample.image for sample in split.validation]
     except (RunError, ValueError) as error:

@@ -45,19 +45,19 @@ def synthesize(settings: SynthesisSettings) -> Path:
     all. Another data set that is there is replaced with `overwrite` and is else a `SynthesisError` that names
     the differences; a folder with anything else in it is never replaced.
     """
-    folder = settings.folder
+    folder, identity = settings.folder, settings.identity
     put_back(folder)
-    if not _is_there(settings):
-        with _put_in_place(settings) as work:
+    if not _is_there(settings, identity):
+        with _put_in_place(settings, identity) as work:
             records = _all(partial(_write, work, settings), settings.plan(), settings, f"rendering {folder.name}")
-            manifest = {"settings": settings.identity, "mask_tolerance": TOLERANCE, "images": records}
+            manifest = {"settings": identity, "mask_tolerance": TOLERANCE, "images": records}
             write_json(work / MANIFEST, manifest)
     return folder
 
 
-def _is_there(settings: SynthesisSettings) -> bool:
+def _is_there(settings: SynthesisSettings, identity: dict) -> bool:
     """Whether the data set of these settings is there. Raises `SynthesisError` for another one that is not replaced."""
-    folder, identity = settings.folder, settings.identity  # which raises for photographs that are not there
+    folder = settings.folder
     if not (manifest := _manifest(folder)):
         return False
     there = manifest["settings"]
@@ -251,7 +251,7 @@ def _save(path: Path, pixels: np.ndarray) -> None:
 
 
 @contextmanager
-def _put_in_place(settings: SynthesisSettings) -> Iterator[Path]:
+def _put_in_place(settings: SynthesisSettings, identity: dict) -> Iterator[Path]:
     """Yield an empty folder that takes the place of a data set's when all went well, and is deleted if not."""
     folder = settings.folder
     work, old = partial_of(folder), partial_of(_old(folder))
@@ -260,8 +260,8 @@ def _put_in_place(settings: SynthesisSettings) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
-        if not _is_there(settings):  # looked at again: somebody may have put something there meanwhile
-            if _manifest(folder):
+        if not _is_there(settings, identity):  # looked at again: somebody may have put something there meanwhile
+            if (folder / MANIFEST).is_file():
                 os.utime(folder)  # not forsaken yet
                 folder.rename(old)
             elif folder.exists():
