@@ -43,7 +43,7 @@ COLUMNS = {
 
 OURS = frozenset(
     "run_folder dataset category data_root device seed cache_gb validate_every checkpoint_every ablation_steps "
-    "teacher penalty_images false_alarm_rate confidence levels compiled".split()
+    "teacher penalty_images false_alarm_rate confidence levels compiled warm_up".split()
 )
 """Settings of a training on which the paper has nothing to say, or that `departures` words itself."""
 
@@ -126,6 +126,8 @@ def departures(settings: TrainingSettings) -> dict[str, tuple[Any, Any]]:
     found = {name: (paper[name], here[name]) for name in paper if name not in OURS and here[name] != paper[name]}
     if settings.size == "M":  # the paper's other size
         del found["size"]
+    if settings.schedule == "cosine":
+        found["schedule"] = (paper["schedule"], f"cosine, growing for {100 * settings.warm_up:g} % of the steps")
     if (times := HEAD_RATES[settings.size]) != 1:
         found["student's last layer"] = ("learns as fast as the rest", f"learns {times:g} times as fast")
     card = load_teacher(settings.teacher or settings.size, padding=settings.padding)[1]

@@ -189,11 +189,13 @@ def test_the_papers_settings_depart_by_their_penalty_images_only(teachers):
 
 def test_departures_are_computed_from_settings_and_card(teachers):
     teachers(backbone="efficientnet_lite2", photographs=1000)
-    found = departures(TrainingSettings(size="XS", steps=500, batch_size=2, image_size=[64, 96], weight_penalty=0.0))
+    own = {"size": "XS", "steps": 500, "batch_size": 2, "image_size": [64, 96], "weight_penalty": 0.0}
+    found = departures(TrainingSettings(**own, schedule="cosine", warm_up=0.2))
     assert found["steps"] == (70_000, 500) and found["batch_size"] == (1, 2)
     assert found["image_size"] == ([256, 256], [64, 96])
     assert found["size"] == ("S", "XS") and found["weight_penalty"] == (1.0, 0.0)
-    assert found["student's last layer"] == ("learns as fast as the rest", "learns 32 times as fast")
+    assert found["schedule"] == ("step", "cosine, growing for 20 % of the steps") and "warm_up" not in found
+    assert found["student's last layer"] == ("learns as fast as the rest", "learns 8 times as fast")
     assert found["teacher"] == ("Algorithm 3 on ImageNet", "backbone efficientnet_lite2, 1000 photographs")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -12,7 +14,7 @@ from effad_lib.settings import SettingsError
 from effad_lib.training import TrainingSettings, step_factor
 
 
-@pytest.mark.parametrize(("size", "faster"), [("S", 1), ("XS", 32)])
+@pytest.mark.parametrize(("size", "faster"), [("S", 1), ("XS", 8)])
 def test_the_last_layer_of_xs_learns_faster(size, faster):
     """Adam's first step moves each weight by the learning rate, whatever its gradient."""
     with trainer_of(size, (64, 64), learning_rate=1e-3, device="cpu") as trainer:
@@ -37,6 +39,7 @@ def test_photographs_in_packages_are_cropped_and_a_folder_is_shown_as_in_the_pap
         ({"image_size": [63, 64]}, "at least 64"),
         ({"learning_rate": "1e-4"}, "write 1.0e-4"),
         ({"schedule": "cosin"}, "'cosine'"),
+        ({"warm_up": 1.0}, "warm_up = 1.0: .* takes a share from 0 to below 1"),
         ({"hard_quantile": 1.0}, "hard_quantile"),
         ({"penalty_crop_scale": [0.5, 0.1]}, "penalty_crop_scale"),
         ({"precision": "fp8"}, "bfloat16"),
@@ -53,18 +56,22 @@ def test_impossible_settings_name_field_value_and_remedy(change, message):
 
 
 def test_schedules():
-    assert step_factor(66_499, 70_000, "step") == 1.0 and step_factor(66_500, 70_000, "step") == 0.1
-    assert step_factor(0, 100, "cosine") == pytest.approx(0.2)
-    assert step_factor(5, 100, "cosine") == 1.0 and step_factor(99, 100, "cosine") < 0.01
+    assert step_factor(66_499, 70_000, "step", 0.2) == 1.0 and step_factor(66_500, 70_000, "step", 0.2) == 0.1
+    assert step_factor(0, 100, "cosine", 0.05) == pytest.approx(0.2)
+    assert step_factor(5, 100, "cosine", 0.05) == 1.0 and step_factor(99, 100, "cosine", 0.05) < 0.01
+    assert step_factor(0, 100, "cosine", 0.2) == pytest.approx(0.05) and step_factor(20, 100, "cosine", 0.2) == 1.0
+    assert step_factor(0, 100, "cosine", 0.0) == 1.0  # none
 
 
-def test_runs_from_before_16_bit_images_were_read_go_on(tmp_path):
-    settings = TrainingSettings(run_folder=str(tmp_path / "run"))
+def test_runs_from_before_a_setting_was_there_go_on(tmp_path):
+    settings = TrainingSettings(run_folder=str(tmp_path / "run"), schedule="cosine")
     run = Run(tmp_path / "run")
     run.start(settings)
     made = yaml.safe_load((run.folder / "parameters.yaml").read_text())
-    del made["levels"]
+    del made["levels"], made["warm_up"]
     (run.folder / "parameters.yaml").write_text(yaml.safe_dump(made))
     run.check(settings)
     with pytest.raises(RunError, match=r"levels: \[\] there, \[0.0, 4095.0\] now"):
-        run.check(TrainingSettings(run_folder=str(tmp_path / "run"), levels=[0, 4095]))
+        run.check(replace(settings, levels=[0, 4095]))
+    with pytest.raises(RunError, match=r"warm_up: 0.05 there, 0.2 now"):
+        run.check(replace(settings, warm_up=0.2))

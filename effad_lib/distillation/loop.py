@@ -35,11 +35,11 @@ LOG_EVERY = 10
 """Steps whose mean loss is one value of the curve: single batches differ too much to be read."""
 
 
-def learning_rate_factor(step: int, steps: int, schedule: str) -> float:
-    """Return the factor on the learning rate at `step` of `steps`."""
+def learning_rate_factor(step: int, steps: int, schedule: str, warm_up: float = 0.05) -> float:
+    """Return the factor on the learning rate at `step` of `steps`; a cosine first grows for the share `warm_up`."""
     if schedule == "constant":
         return 1.0
-    warm = max(1, steps // 20)
+    warm = max(1, int(steps * warm_up))
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

@@ -194,7 +194,7 @@ class Trainer:
             total = self.weighted(terms)
         bad = (self.first_bad < 0) & ~total.detach().isfinite()
         self.first_bad = torch.where(bad, len(self.drawn) - 1, self.first_bad)
-        factor = step_factor(self.step, settings.steps, settings.schedule)
+        factor = step_factor(self.step, settings.steps, settings.schedule, settings.warm_up)
         for group in self.optimiser.param_groups:
             group["lr"] = settings.learning_rate * factor * group["times"]
         self.optimiser.zero_grad(set_to_none=True)
