@@ -171,7 +171,8 @@ def test_two_training_steps(tmp_path, photographs):
 
 
 def test_learning_rate_falls_to_a_tenth_after_95_percent():
-    assert [training.step_factor(step, 70_000, "step", 0.05) for step in (0, 66_499, 66_500, 69_999)] == [1, 1, 0.1, 0.1]
+    factors = [training.step_factor(step, 70_000, "step", 0.05) for step in (0, 66_499, 66_500, 69_999)]
+    assert factors == [1, 1, 0.1, 0.1]
 
 
 # --- Algorithm 2 ---------------------------------------------------------------------------------
