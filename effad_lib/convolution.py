@@ -12,8 +12,9 @@ The sums over channels are 36 matrix products. Tiles are taken in bands that sta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,23 +37,60 @@ LEAST_TILES = 25
 """With fewer tiles in an image, moving the kernels costs more. An image is computed alike alone and in a batch."""
 
 
+class _Kept(NamedTuple):
+    """Weights and what `transformed` made of them; as long as they are kept, too, no others can have their address."""
+
+    weight: Tensor
+    version: int
+    first: Tensor
+    kernels: Tensor
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weights are still the same ones. A fused step of Adam does not count as a new version of them."""
+        same = self.weight.data_ptr() == weight.data_ptr() and self.version == weight._version
+        return same and torch.equal(self.first, weight[0])
+
+
 class Conv2d(nn.Conv2d):
     """`torch.nn.Conv2d`, quicker where `pays` says so, for square kernels without dilation; weights as there."""
 
+    _kept: _Kept | None = None
+    """What `transformed` made of frozen weights, as a teacher's are or those of a detector that has learned."""
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.stride == (1, 1) and self.groups == 1:
-            return convolve(input, weight, bias, self.padding[0])
+            return convolve(input, weight, bias, self.padding[0], self._transformed)
         return super()._conv_forward(input, weight, bias)
 
+    def _transformed(self, weight: Tensor) -> Tensor:
+        if weight.requires_grad or weight.is_inference():  # of the latter no versions are counted
+            self._kept = None
+            return transformed(weight)
+        if self._kept is None or not self._kept.is_of(weight):
+            with torch.inference_mode(False):
+                self._kept = _Kept(weight.detach(), weight._version, weight[0].clone(), transformed(weight))
+        return self._kept.kernels
 
-def convolve(images: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}  # not for copies
+
+
+def convolve(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding: int = 0,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Return `F.conv2d` with stride 1, by Winograd's method where it `pays`.
 
     `images` [N, C, H, W], `weight` [K, C, r, r], `bias` [K] → [N, K, H + 2 padding − r + 1, W + 2 padding − r + 1].
+    `transform` gives G W Gᵀ; None for `transformed`.
     """
     if not pays(images, weight, padding):
         return F.conv2d(images, weight, bias, padding=padding)
-    return _Winograd.apply(F.pad(images, (padding,) * 4) if padding else images, weight, bias)
+    kernels = (transform or transformed)(weight)
+    return _Winograd.apply(F.pad(images, (padding,) * 4) if padding else images, weight, bias, kernels)
 
 
 def pays(images: Tensor, weight: Tensor, padding: int = 0) -> bool:
@@ -96,24 +134,30 @@ def transforms(r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Winograd(torch.autograd.Function):
-    """images [N, C, H, W], weight [K, C, r, r], bias [K] → [N, K, h, w] with h = H − r + 1; no padding, stride 1."""
+    """images [N, C, H, W], weight [K, C, r, r], bias [K] → [N, K, h, w] with h = H − r + 1; no padding, stride 1.
+
+    `kernels` are those weights `transformed`, [36, K, C].
+    """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, images: Tensor, weight: Tensor, bias: Tensor, kernels: Tensor
+    ) -> Tensor:
         images = images.permute(0, 2, 3, 1)
         (count, height, width, _), (out_channels, _, r, _) = images.shape, weight.shape
         to_output, _, _ = transforms(r)
-        m, kernels = TILE + 1 - r, _transformed(weight).mT
+        m = TILE + 1 - r
         padded, rows, columns = _in_whole_tiles(images, r)
         shape = (count, out_channels, rows * m, columns * m)
         output = torch.empty(shape, memory_format=torch.channels_last)
         blocks = output.permute(0, 2, 3, 1).view(count, rows, m, columns, m, out_channels)
         for where in _bands(count, rows, columns):
             part = blocks[where]
-            sums = to_output @ torch.bmm(_tiles(padded, where, r), kernels).view(TILE**2, -1)
+            sums = to_output @ torch.bmm(_tiles(padded, where, r), kernels.mT).view(TILE**2, -1)
             sums = sums.view(m, m, *part.shape[:2], columns, out_channels)
             torch.add(sums.permute(2, 3, 0, 4, 1, 5), bias, out=part)
-        ctx.save_for_backward(images, weight)
+        ctx.save_for_backward(images, kernels)
+        ctx.side = r
         # Not a view, so that what follows may change it in place.
         output_size = height - r + 1, width - r + 1
         if output.shape[2:] == output_size:
@@ -123,12 +167,12 @@ class _Winograd(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        images, weight = ctx.saved_tensors
-        for_images, for_weight, for_bias = ctx.needs_input_grad
+        images, kernels = ctx.saved_tensors
+        for_images, for_weight, for_bias, _ = ctx.needs_input_grad
         gradient = gradient.permute(0, 2, 3, 1)
-        (count, height, width, channels), (out_channels, _, r, _) = images.shape, weight.shape
+        (count, height, width, channels), (_, out_channels, _), r = images.shape, kernels.shape, ctx.side
         to_output, of_kernel, of_tile = transforms(r)
-        m, kernels = TILE + 1 - r, _transformed(weight)
+        m = TILE + 1 - r
         padded, rows, columns = _in_whole_tiles(images, r)
         missing = (0, 0, 0, columns * m - gradient.shape[2], 0, rows * m - gradient.shape[1])
         blocks = F.pad(gradient, missing).contiguous().view(count, rows, m, columns, m, out_channels)
@@ -157,11 +201,13 @@ class _Winograd(torch.autograd.Function):
             sums if for_images else None,
             by_weight.view(out_channels, r, r, channels).permute(0, 3, 1, 2) if for_weight else None,
             gradient.sum((0, 1, 2)) if for_bias else None,
+            None,
         )
 
 
-def _transformed(weight: Tensor) -> Tensor:
-    """Return G W Gᵀ as [36, K, C]."""
+@torch.no_grad()
+def transformed(weight: Tensor) -> Tensor:
+    """Return G W Gᵀ of all kernels of `weight` [K, C, r, r] as [36, K, C]; gradients do not pass."""
     out_channels, channels, r, _ = weight.shape
     _, of_kernel, _ = transforms(r)
     return (of_kernel @ weight.permute(0, 2, 3, 1).reshape(out_channels, r * r, channels)).transpose(0, 1)

@@ -146,7 +146,10 @@ class EfficientAD(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> EfficientAD:
-        """Load a detector in evaluation mode. Raises `SettingsError` if the file is not a whole effad model."""
+        """Load a detector in evaluation mode, its weights frozen.
+
+        Raises `SettingsError` if the file is not a whole effad model.
+        """
         path = Path(path)
         if not path.is_file():
             raise SettingsError(f"model {path}: there is no such file. Train one with `effad train`.")
@@ -168,4 +171,4 @@ class EfficientAD(nn.Module):
         detector.levels = check_levels(card.get("levels", ()))
         detector.card, detector.threshold = card, card["threshold"]
         detector.pixel_threshold, detector.calibration = card.get("pixel_threshold"), card.get("calibration", {})
-        return detector.eval().to(device)
+        return detector.eval().requires_grad_(False).to(device)

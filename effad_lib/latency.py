@@ -301,12 +301,16 @@ def grid(
     """Measure sizes × engines × precisions × batches in one run, size after size: each takes gigabytes.
 
     Returns a row for each: size, engine, precision, device, batch, median_ms, p99_ms, calls, images_per_second, gflop
-    (an image), share_of_peak (of the float32 peak measured on that row's device; `attrs["peaks"]` has one for each).
+    (an image), share_of_peak (of the float32 peak of that row's device, measured before, between and after the sizes;
+    `attrs["peaks"]` has the best for each).
     """
-    tables = {size: _one_size(size, one, settings, Path(folder) / size, literal) for size, one in detectors.items()}
-    table = pd.concat(tables).rename_axis(["size", "engine", "precision", "device", "batch"]).reset_index()
     own = next(iter(detectors.values())).device
-    peaks = {name: peak(own if name == own.type else name, settings.cores) for name in table["device"].unique()}
+    tables, peaks = {}, {own.type: peak(own, settings.cores)}
+    for size, one in detectors.items():
+        tables[size] = _one_size(size, one, settings, Path(folder) / size, literal)
+        for name in tables[size].index.unique(level=2):
+            peaks[name] = max(peaks.get(name, 0.0), peak(own if name == own.type else name, settings.cores))
+    table = pd.concat(tables).rename_axis(["size", "engine", "precision", "device", "batch"]).reset_index()
     table["images_per_second"] = 1000 * table["batch"] / table["median_ms"]
     table["gflop"] = table["size"].map({size: flop(one, one.image_size) / 1e9 for size, one in detectors.items()})
     table["share_of_peak"] = 1e9 * table["gflop"] * table["images_per_second"] / table["device"].map(peaks)
@@ -346,6 +350,6 @@ def _one_size(
 def chance_detector(size: str, image_size: Sequence[int], device: torch.device, channels: int = 384) -> EfficientAD:
     """Return an untrained detector with some threshold: as fast as a trained one, and of no other use."""
     torch.manual_seed(0)
-    detector = EfficientAD(size, channels, image_size=tuple(image_size)).to(device).eval()
+    detector = EfficientAD(size, channels, image_size=tuple(image_size)).to(device).eval().requires_grad_(False)
     detector.threshold = detector.pixel_threshold = 1.0
     return detector

@@ -132,11 +132,9 @@ class PDN(nn.Module):
         The first `count` images get the half that imitates the teacher [count, out_channels / 2, h, w], the others the
         one that imitates the autoencoder. Without batch normalisation this equals separate passes.
         """
-        features, half = self.trunk(images), self.out_channels // 2
-        return (
-            convolve(features[:count], self.head.weight[:half], self.head.bias[:half]),
-            convolve(features[count:], self.head.weight[half:], self.head.bias[half:]),
-        )
+        features = self.trunk(images).split([count, len(images) - count])
+        weights, biases = self.head.weight.chunk(2), self.head.bias.chunk(2)
+        return convolve(features[0], weights[0], biases[0]), convolve(features[1], weights[1], biases[1])
 
 
 AUTOENCODER_WIDTHS = {"S": 64, "M": 64, "XS": 32}

@@ -1,5 +1,7 @@
 """Winograd's convolution against torch's own in float64, values and gradients."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -118,3 +120,100 @@ def test_the_networks_use_it(monkeypatch):
     monkeypatch.setattr(convolution._Winograd, "apply", lambda *given: seen.append(given[1].shape) or original(*given))
     PDN("S")(torch.rand(1, 3, 64, 64))
     assert seen == [(256, 128, 4, 4), (256, 256, 3, 3), (384, 256, 4, 4)]
+
+
+# --- kernels of frozen weights --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def transforms_counted(monkeypatch):
+    seen, original = [], convolution.transformed
+    monkeypatch.setattr(convolution, "transformed", lambda weight: seen.append(1) or original(weight))
+    return seen
+
+
+def frozen(r=3):
+    return Conv2d(PLENTY, PLENTY, r).requires_grad_(False)
+
+
+def assert_as_torch(layer, images):
+    assert_near(layer(images), F.conv2d(images, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_frozen_kernels_are_transformed_once(transforms_counted, mode):
+    layer, images = frozen(), case(3, 16, 16)[0]
+    with mode():
+        for _ in range(3):
+            assert_as_torch(layer, images)
+    assert len(transforms_counted) == 1
+    images.requires_grad_()
+    layer(images).square().sum().backward()
+    exact = images.detach().double().requires_grad_()
+    F.conv2d(exact, layer.weight.double(), layer.bias.double()).square().sum().backward()
+    assert_near(images.grad, exact.grad)
+    assert len(transforms_counted) == 1
+
+
+def test_kernels_that_are_learned_are_transformed_once_a_step(transforms_counted):
+    layer, images = Conv2d(PLENTY, PLENTY, 3), case(3, 16, 16)[0]
+    for _ in range(2):
+        layer(images).sum().backward()
+    assert len(transforms_counted) == 2 and layer._kept is None
+
+
+def scale_in_place(layer):
+    layer.weight.mul_(2)
+
+
+def load(layer):
+    layer.load_state_dict({name: value * 3 for name, value in layer.state_dict().items()})
+
+
+def assign(layer):
+    layer.load_state_dict({name: value * 3 for name, value in layer.state_dict().items()}, assign=True)
+    layer.requires_grad_(False)
+
+
+def round_off(layer):
+    layer.half().float()
+
+
+def new_storage(layer):
+    layer.weight.data = layer.weight.data * 5
+
+
+def learn_more(layer):
+    optimiser = torch.optim.Adam(layer.requires_grad_().parameters(), lr=0.1, fused=True)
+    images = case(3, 16, 16)[0]
+    convolve(images, layer.weight[:], layer.bias).sum().backward()  # as halves of the student's last layer are
+    optimiser.step()
+    layer.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [scale_in_place, load, assign, round_off, new_storage, learn_more])
+def test_changed_weights_are_transformed_anew(change):
+    layer, images = frozen(), case(3, 16, 16)[0]
+    before = layer(images)
+    change(layer)
+    assert_as_torch(layer, images)
+    assert not torch.equal(layer(images), before)
+
+
+def test_a_copy_has_its_own():
+    layer, images = frozen(), case(3, 16, 16)[0]
+    with torch.inference_mode():
+        layer(images)
+    other = copy.deepcopy(layer)
+    assert list(other.state_dict()) == ["weight", "bias"] and other._kept is None
+    other.weight.mul_(2)
+    for each in (layer, other):
+        assert_as_torch(each, images)
+
+
+def test_weights_without_versions_keep_nothing():
+    with torch.inference_mode():
+        layer, images = frozen(), case(3, 16, 16)[0]
+        for _ in range(2):
+            assert_as_torch(layer, images)
+            layer.weight.mul_(2)

@@ -109,4 +109,4 @@ def train(settings: TrainingSettings, split: Split) -> EfficientAD:
         decision = {name: getattr(settings, name) for name in ("false_alarm_rate", "confidence")}
         calibrate(detector, trainer.validation, **decision)
         detector.save(run.model)
-        return detector.eval()
+        return detector.eval().requires_grad_(False)

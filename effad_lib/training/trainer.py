@@ -104,13 +104,14 @@ class Trainer:
                     cache[start : start + 8] = output
                 yield output
 
-        if anew:
-            mean, deviation = channel_statistics(outputs())
-            detector.teacher_mean.copy_(mean)
-            detector.teacher_std.copy_(deviation)
-        elif cache is not None:
-            for _ in outputs():
-                pass
+        with kept_memory():
+            if anew:
+                mean, deviation = channel_statistics(outputs())
+                detector.teacher_mean.copy_(mean)
+                detector.teacher_std.copy_(deviation)
+            elif cache is not None:
+                for _ in outputs():
+                    pass
         return None if cache is None else cache.sub_(detector.teacher_mean).div_(detector.teacher_std)
 
     def loop(self) -> None:
