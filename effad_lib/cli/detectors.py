@@ -25,7 +25,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     """Options of `effad train`."""
     from effad_lib.training import TrainingSettings
 
-    add_recipes(parser, TrainingSettings, "size XS in six minutes of two cores at 256×256 pixels")
+    add_recipes(parser, TrainingSettings, "size XS in seven minutes of two cores at 256×256 pixels")
     add_options(parser, settings_options(TrainingSettings))
 
 
