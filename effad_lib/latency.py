@@ -300,8 +300,9 @@ def grid(
 ) -> pd.DataFrame:
     """Measure sizes × engines × precisions × batches in one run, size after size: each takes gigabytes.
 
-    Returns a row for each: size, engine, precision, device, batch, median_ms, p99_ms, calls, images_per_second, gflop
-    (an image), share_of_peak (of the float32 peak of that row's device, measured before, between and after the sizes;
+    Returns a row for each: size, engine, precision, device, batch, median_ms, p99_ms, calls, ratio (how much faster
+    than the literal algorithm with this size and batch, NaN without it), images_per_second, gflop (an image),
+    share_of_peak (of the float32 peak of that row's device, measured before, between and after the sizes;
     `attrs["peaks"]` has the best for each).
     """
     own = next(iter(detectors.values())).device
@@ -311,6 +312,8 @@ def grid(
         for name in tables[size].index.unique(level=2):
             peaks[name] = max(peaks.get(name, 0.0), peak(own if name == own.type else name, settings.cores))
     table = pd.concat(tables).rename_axis(["size", "engine", "precision", "device", "batch"]).reset_index()
+    slowest = table[table["engine"] == "literal"].set_index(["size", "batch"])["median_ms"]
+    table["ratio"] = slowest.reindex(pd.MultiIndex.from_frame(table[["size", "batch"]])).array / table["median_ms"]
     table["images_per_second"] = 1000 * table["batch"] / table["median_ms"]
     table["gflop"] = table["size"].map({size: flop(one, one.image_size) / 1e9 for size, one in detectors.items()})
     table["share_of_peak"] = 1e9 * table["gflop"] * table["images_per_second"] / table["device"].map(peaks)

@@ -98,10 +98,15 @@ def test_a_time_is_that_of_one_step_however_many_are_timed_together(monkeypatch)
 
 
 def test_detection_without_exports():
-    settings = BenchmarkSettings.from_mapping(SMALL | {"sizes": ["XS"], "exports": False, "seconds": 0.01})
+    settings = BenchmarkSettings.from_mapping(SMALL | {"sizes": ["XS", "S"], "exports": False, "seconds": 0.01})
     table = benchmark.inference_table(settings, literal)
-    assert table[["size", "engine", "precision", "batch"]].values.tolist() == [["XS", "torch", "float32", 1]]
+    cases = [["XS", "torch"], ["S", "literal"], ["S", "torch"]]
+    found = table[["size", "engine", "precision", "batch"]].values.tolist()
+    assert found == [[*case, "float32", 1] for case in cases]
     assert (table["calls"] >= LEAST_CALLS).all() and (table["median_ms"] > 0).all()
+    without, one, ours = table["ratio"]
+    assert np.isnan(without) and one == 1
+    assert ours == pytest.approx(table["median_ms"][1] / table["median_ms"][2])
 
 
 def test_growth_has_a_row_for_each_case(monkeypatch):
