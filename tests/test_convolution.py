@@ -183,6 +183,10 @@ def new_storage(layer):
     layer.weight.data = layer.weight.data * 5
 
 
+def a_single_weight(layer):
+    layer.weight.data[5, 4, 1, 1] += 1  # unseen by autograd
+
+
 def learn_more(layer):
     optimiser = torch.optim.Adam(layer.requires_grad_().parameters(), lr=0.1, fused=True)
     images = case(3, 16, 16)[0]
@@ -191,7 +195,7 @@ def learn_more(layer):
     layer.requires_grad_(False)
 
 
-@pytest.mark.parametrize("change", [scale_in_place, load, assign, round_off, new_storage, learn_more])
+@pytest.mark.parametrize("change", [scale_in_place, load, assign, round_off, new_storage, a_single_weight, learn_more])
 def test_changed_weights_are_transformed_anew(change):
     layer, images = frozen(), case(3, 16, 16)[0]
     before = layer(images)
@@ -211,7 +215,7 @@ def test_a_copy_has_its_own():
         assert_as_torch(each, images)
 
 
-def test_weights_without_versions_keep_nothing():
+def test_weights_that_are_made_in_inference_mode():
     with torch.inference_mode():
         layer, images = frozen(), case(3, 16, 16)[0]
         for _ in range(2):
