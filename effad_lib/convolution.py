@@ -1,12 +1,14 @@
-"""Convolution by Winograd's minimal filtering: the same sums with a quarter of the multiplications, for CPUs.
+"""Convolution by Winograd's minimal filtering: the same sums with a fifth of the multiplications, for CPUs.
 
 A PDN spends nearly all its time in convolutions of 3×3 and 4×4, and those of oneDNN already run at the peak of a CPU:
-only fewer multiplications are faster. Of an input tile X of 6×6 pixels, m×m outputs of an r×r kernel W (m = 7 − r) take
-36 multiplications for each pair of channels instead of m²r² (Winograd 1980; for 3×3 Lavin and Gray, arXiv 1509.09308):
+only fewer multiplications are faster. Of an input tile X of 7×7 pixels, m×m outputs of an r×r kernel W (m = 8 − r) take
+49 multiplications for each pair of channels instead of m²r² (Winograd 1980; for 3×3 Lavin and Gray, arXiv 1509.09308):
 
     Y = Aᵀ [ (G W Gᵀ) ⊙ (Bᵀ X B) ] A
 
-The sums over channels are 36 matrix products. Tiles are taken in bands that stay in the cache.
+The sums over channels are 49 matrix products, which oneDNN takes as one convolution of 1×1 in 49 groups: MKL, whose
+products torch would ask for, reaches but half the speed of an AMD processor. Tiles are taken in bands that stay in the
+cache.
 """
 
 from __future__ import annotations
@@ -21,20 +23,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-TILE = 6
-"""Pixels of an input tile in a row and in a column."""
+TILE = 7
+"""Pixels of an input tile in a row and in a column. With more there are fewer multiplications, but larger kernels."""
 
-POINTS = (0.0, 1.0, -1.0, 0.5, -0.5)
+POINTS = (0.0, 1.0, -1.0, 0.5, -0.5, 2.0)
 """Where the polynomials of tile and kernel are evaluated, beside infinity: small numbers keep the rounding small."""
 
-BAND = 192
+BAND = 450
 """About so many tiles at a time."""
 
-LEAST_PAIRS = 128 * 128
+LEAST_PAIRS = 128 * 256
 """With fewer pairs of channels in and out, moving the tiles costs more than the multiplications that are saved."""
 
-LEAST_TILES = 25
-"""With fewer tiles in an image, moving the kernels costs more. An image is computed alike alone and in a batch."""
+LEAST_TILES = {3: 64, 4: 36}
+"""With fewer tiles in an image, by side of the kernels, moving those costs more.
+
+An image is computed alike alone and in a batch."""
 
 
 class Conv2d(nn.Conv2d):
@@ -89,10 +93,11 @@ def pays(images: Tensor, weight: Tensor, padding: int = 0) -> bool:
         return False
     return (
         images.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
         and images.dtype == weight.dtype == torch.float32
         and weight.shape[-2:] in ((3, 3), (4, 4))
         and weight.shape[0] * weight.shape[1] >= LEAST_PAIRS
-        and math.prod(tiles_of(images.shape[-2:], weight.shape[-1], padding)) >= LEAST_TILES
+        and math.prod(tiles_of(images.shape[-2:], weight.shape[-1], padding)) >= LEAST_TILES[weight.shape[-1]]
     )
 
 
@@ -104,7 +109,7 @@ def tiles_of(size: Sequence[int], r: int, padding: int = 0) -> tuple[int, int]:
 
 @cache
 def transforms(r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Aᵀ [m², 36], G [36, r²] and Bᵀ [36, 36] for kernels of r×r, rows and columns in one matrix each.
+    """Return Aᵀ [m, 7], G [7, r] and Bᵀ [7, 7] for kernels of r×r.
 
     Two polynomials with m and r coefficients are multiplied by evaluating both at as many points as the product has
     coefficients, and interpolating; a correlation is the transpose of that (Toom and Cook).
@@ -114,16 +119,15 @@ def transforms(r: int) -> tuple[Tensor, Tensor, Tensor]:
         at_infinity = np.eye(coefficients)[-1:]  # only the last coefficient counts there
         return np.vstack([np.vander(POINTS, coefficients, increasing=True), at_infinity])
 
-    def both(matrix: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.kron(matrix, matrix)).float()
-
-    return both(evaluated(TILE + 1 - r).T), both(evaluated(r)), both(np.linalg.inv(evaluated(TILE)).T)
+    matrices = evaluated(TILE + 1 - r).T, evaluated(r), np.linalg.inv(evaluated(TILE)).T
+    to_output, of_kernel, of_tile = (torch.from_numpy(np.ascontiguousarray(matrix)).float() for matrix in matrices)
+    return to_output, of_kernel, of_tile
 
 
 class _Winograd(torch.autograd.Function):
     """images [N, C, H, W], weight [K, C, r, r], bias [K] → [N, K, h, w] with h = H − r + 1; no padding, stride 1.
 
-    `kernels` are those weights `transformed`, [36, K, C].
+    `kernels` are those weights `transformed`, [49, K, C].
     """
 
     @staticmethod
@@ -140,9 +144,9 @@ class _Winograd(torch.autograd.Function):
         blocks = output.permute(0, 2, 3, 1).view(count, rows, m, columns, m, out_channels)
         for where in _bands(count, rows, columns):
             part = blocks[where]
-            sums = to_output @ torch.bmm(_tiles(padded, where, r), kernels.mT).view(TILE**2, -1)
-            sums = sums.view(m, m, *part.shape[:2], columns, out_channels)
-            torch.add(sums.permute(2, 3, 0, 4, 1, 5), bias, out=part)
+            sums = _both_ways(to_output, _products(_tiles(padded, where, r), kernels))
+            sums = sums.view(*part.shape[:2], columns, m, m, out_channels)
+            torch.add(sums.permute(0, 1, 3, 2, 4, 5), bias, out=part)
         ctx.save_for_backward(images, kernels)
         ctx.side = r
         # Not a view, so that what follows may change it in place.
@@ -158,23 +162,23 @@ class _Winograd(torch.autograd.Function):
         for_images, for_weight, for_bias, _ = ctx.needs_input_grad
         gradient = gradient.permute(0, 2, 3, 1)
         (count, height, width, channels), (_, out_channels, _), r = images.shape, kernels.shape, ctx.side
-        to_output, of_kernel, of_tile = transforms(r)
+        to_output, _, of_tile = transforms(r)
         m = TILE + 1 - r
         padded, rows, columns = _in_whole_tiles(images, r)
         missing = (0, 0, 0, columns * m - gradient.shape[2], 0, rows * m - gradient.shape[1])
         blocks = F.pad(gradient, missing).contiguous().view(count, rows, m, columns, m, out_channels)
-        kernels_gradient = kernels.new_zeros((TILE**2, out_channels, channels))
+        kernels_gradient = None  # of the first band, to which the others are added
         # Neighbouring tiles overlap: each is added to its own block of m×m pixels and to those behind it.
         sums = images.new_zeros((count, rows + 1, m, columns + 1, m, channels) if for_images else 0)
         for where in _bands(count, rows, columns):
             part = blocks[where]
-            products = to_output.T @ part.permute(2, 4, 0, 1, 3, 5).reshape(m * m, -1)
-            products = products.view(TILE**2, -1, out_channels)
+            products = _both_ways(to_output.T, part.permute(0, 1, 3, 2, 4, 5).reshape(-1, m * m, out_channels))
             if for_weight:
-                kernels_gradient.baddbmm_(products.mT, _tiles(padded, where, r))
+                pair = products.permute(1, 2, 0), _tiles(padded, where, r).transpose(0, 1)
+                kernels_gradient = torch.bmm(*pair) if kernels_gradient is None else kernels_gradient.baddbmm_(*pair)
             if for_images:
-                tiles = of_tile.T @ torch.bmm(products, kernels).view(TILE**2, -1)
-                tiles = tiles.view(TILE, TILE, *part.shape[:2], columns, channels).permute(2, 3, 0, 4, 1, 5)
+                tiles = _both_ways(of_tile.T, _products(products, kernels, F.conv_transpose2d))
+                tiles = tiles.view(*part.shape[:2], columns, TILE, TILE, channels).permute(0, 1, 3, 2, 4, 5)
                 which, band = where
                 for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
                     own = tiles[:, :, m * down : m * (down + 1), :, m * right : m * (right + 1)]
@@ -183,10 +187,11 @@ class _Winograd(torch.autograd.Function):
         if for_images:
             sums = sums.view(count, (rows + 1) * m, (columns + 1) * m, channels)
             sums = sums[:, :height, :width].permute(0, 3, 1, 2)
-        by_weight = of_kernel.T @ kernels_gradient.transpose(0, 1)  # [K, r², C]
+        if for_weight:
+            kernels_gradient = kernels_gradient.view(TILE**2, -1).T @ _of_kernels(r)
         return (
             sums if for_images else None,
-            by_weight.view(out_channels, r, r, channels).permute(0, 3, 1, 2) if for_weight else None,
+            kernels_gradient.view(out_channels, channels, r, r) if for_weight else None,
             gradient.sum((0, 1, 2)) if for_bias else None,
             None,
         )
@@ -194,10 +199,16 @@ class _Winograd(torch.autograd.Function):
 
 @torch.no_grad()
 def transformed(weight: Tensor) -> Tensor:
-    """Return G W Gᵀ of all kernels of `weight` [K, C, r, r] as [36, K, C]; gradients do not pass."""
+    """Return G W Gᵀ of all kernels of `weight` [K, C, r, r] as [49, K, C]; gradients do not pass."""
     out_channels, channels, r, _ = weight.shape
+    return (_of_kernels(r) @ weight.reshape(-1, r * r).T).view(TILE**2, out_channels, channels)
+
+
+@cache
+def _of_kernels(r: int) -> Tensor:
+    """Return G of `transforms` for rows and columns at once, [49, r²]."""
     _, of_kernel, _ = transforms(r)
-    return (of_kernel @ weight.permute(0, 2, 3, 1).reshape(out_channels, r * r, channels)).transpose(0, 1)
+    return torch.kron(of_kernel, of_kernel)
 
 
 def _in_whole_tiles(images: Tensor, r: int) -> tuple[Tensor, int, int]:
@@ -216,9 +227,28 @@ def _bands(count: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]
 
 
 def _tiles(padded: Tensor, where: tuple[slice, slice], r: int) -> Tensor:
-    """Return Bᵀ X B of all tiles of a band as [36, T, C]; `padded` [N, H, W, C] in whole tiles."""
+    """Return Bᵀ X B of all tiles of a band as [T, 49, C]; `padded` [N, H, W, C] in whole tiles."""
     m, (which, band) = TILE + 1 - r, where
     part = padded[which, band.start * m : band.stop * m + r - 1]
-    tiles = part.unfold(1, TILE, m).unfold(2, TILE, m)  # [n, rows, columns, C, 6, 6]
+    tiles = part.unfold(1, TILE, m).unfold(2, TILE, m)  # [n, rows, columns, C, 7, 7]
     _, _, of_tile = transforms(r)
-    return (of_tile @ tiles.permute(4, 5, 0, 1, 2, 3).reshape(TILE**2, -1)).view(TILE**2, -1, part.shape[-1])
+    return _both_ways(of_tile, tiles.permute(0, 1, 2, 4, 5, 3).reshape(-1, TILE**2, part.shape[-1]))
+
+
+def _both_ways(matrix: Tensor, tiles: Tensor) -> Tensor:
+    """Return M X Mᵀ of all tiles X [T, b², C], where M is `matrix` [a, b], as [T, a², C]."""
+    (a, b), (count, _, channels) = matrix.shape, tiles.shape
+    rows = torch.bmm(matrix.expand(count, a, b), tiles.view(count, b, b * channels))
+    return torch.bmm(matrix.expand(count * a, a, b), rows.view(count * a, b, channels)).view(count, a * a, channels)
+
+
+def _products(tiles: Tensor, kernels: Tensor, convolution: Callable[..., Tensor] = F.conv2d) -> Tensor:
+    """Return the sums over channels of tiles [T, 49, C] times kernels [49, K, C] as [T, 49, K].
+
+    With `F.conv_transpose2d` tiles have K channels and the sums C. The stride is along the only row and changes
+    nothing, but with it torch asks oneDNN with one thread, too.
+    """
+    count, points, channels = tiles.shape
+    pixels = tiles.view(1, 1, count, points * channels).permute(0, 3, 1, 2)
+    sums = convolution(pixels, kernels.view(-1, kernels.shape[-1], 1, 1), stride=(2, 1), groups=points)
+    return sums.permute(0, 2, 3, 1).view(count, points, -1)

@@ -10,13 +10,14 @@ from effad_lib import convolution
 from effad_lib.convolution import Conv2d, convolve, pays
 from effad_lib.networks import PDN
 
-PLENTY = 128
+PLENTY = 192
 """Channels for which it pays."""
 
 
 @pytest.fixture(autouse=True)
 def few_tiles_suffice(monkeypatch):
-    monkeypatch.setattr(convolution, "LEAST_TILES", 4)
+    monkeypatch.setattr(convolution, "LEAST_TILES", {3: 4, 4: 4})
+    monkeypatch.setattr(convolution, "BAND", 60)
 
 
 def case(r, height, width, *, count=1, channels=PLENTY, out_channels=PLENTY, seed=0):
@@ -48,7 +49,7 @@ CASES = [
 
 @pytest.mark.parametrize("r, height, width, count, padding", CASES)
 def test_values_and_gradients(r, height, width, count, padding):
-    given = [tensor.requires_grad_() for tensor in case(r, height, width, count=count, out_channels=160)]
+    given = [tensor.requires_grad_() for tensor in case(r, height, width, count=count, out_channels=200)]
     assert pays(*given[:2], padding)
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     got, want = convolve(*given, padding), F.conv2d(*exact, padding=padding)
@@ -87,6 +88,21 @@ def test_any_order_in_memory_and_a_rectified_result_in_place():
 def test_same_bits_again():
     given = case(4, 30, 30, count=2)
     assert torch.equal(convolve(*given), convolve(*given))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_image_is_computed_alike_alone_and_in_a_batch(threads, monkeypatch):
+    images, weight, bias = case(4, 30, 41, count=5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = convolve(images, weight, bias)
+        for each, wanted in zip(images.split(1), together.split(1), strict=True):
+            assert torch.equal(convolve(each, weight, bias), wanted)
+        monkeypatch.setattr(convolution, "BAND", 1000)  # all five at once
+        assert torch.equal(convolve(images, weight, bias), together)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_where_it_does_not_pay_the_result_is_torchs_own():
