@@ -8,8 +8,10 @@ import difflib
 import math
 import os
 import platform
+import re
 import types
 import typing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from effad_lib.documents import MOST_BITS, is_text, short
@@ -177,6 +179,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def processor() -> str:
+    """Return what Linux calls the processor; elsewhere, and where it has no name for it, its architecture."""
+    try:
+        told = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        told = ""
+    name = re.search(r"^model name\s*: *(\S.*)$", told, re.MULTILINE)
+    return " ".join(name[1].split()) if name else platform.machine()
+
+
 def check_threads(threads: int) -> None:
     """Raise `SettingsError` for a number of threads that cannot be."""
     if not 0 <= threads <= MOST_THREADS:
@@ -184,9 +196,9 @@ def check_threads(threads: int) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a device is called, such as "x86_64 CPU, 2 threads" or the name of a graphics card."""
+    """Return what a device is called, such as "CPU (AMD EPYC), 2 threads" or the name of a graphics card."""
     import torch
 
     if device.type == "cpu":
-        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        return f"CPU ({processor()}), {torch.get_num_threads()} threads"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

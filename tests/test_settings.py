@@ -1,10 +1,12 @@
 """Settings: what papermill lets through must be caught here."""
 
+import platform
 from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
 import torch
 
+from effad_lib import settings
 from effad_lib.settings import Settings, SettingsError, nearest, pick_device
 
 
@@ -103,3 +105,23 @@ def test_on_graphics_cards_float32_is_float32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert pick_device("cuda").type == "cuda"
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(
+    "told, name",
+    [
+        ("processor\t: 0\nmodel name\t: Some  Chip @ 2 GHz \nflags\t: fpu\n", "Some Chip @ 2 GHz"),
+        ("model name\t: \nflags\t: fpu\n", platform.machine()),
+        ("Features\t: neon\n", platform.machine()),  # as ARM's say
+        (None, platform.machine()),
+    ],
+)
+def test_the_processor_has_a_name(told, name, monkeypatch):
+    def read(path):
+        if told is None:
+            raise FileNotFoundError(path)
+        return told
+
+    monkeypatch.setattr(settings.Path, "read_text", read)
+    assert settings.processor() == name
+    assert settings.device_name(torch.device("cpu")).startswith(f"CPU ({name}), ")
