@@ -6,9 +6,8 @@ only fewer multiplications are faster. Of an input tile X of 7×7 pixels, m×m o
 
     Y = Aᵀ [ (G W Gᵀ) ⊙ (Bᵀ X B) ] A
 
-The sums over channels are 49 matrix products, which oneDNN takes as one convolution of 1×1 in 49 groups: MKL, whose
-products torch would ask for, reaches but half the speed of an AMD processor. Tiles are taken in bands that stay in the
-cache.
+The sums over channels are 49 matrix products, which oneDNN takes as one convolution of 1×1 in 49 groups. MKL, which
+torch asks for products, reaches half the speed of an AMD processor. Tiles are taken in bands that stay in the cache.
 """
 
 from __future__ import annotations
@@ -109,7 +108,7 @@ def tiles_of(size: Sequence[int], r: int, padding: int = 0) -> tuple[int, int]:
 
 @cache
 def transforms(r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Aᵀ [m, 7], G [7, r] and Bᵀ [7, 7] for kernels of r×r.
+    """Return Aᵀ [m², 49], G [49, r²] and Bᵀ [49, 49] for kernels of r×r, rows and columns in one matrix each.
 
     Two polynomials with m and r coefficients are multiplied by evaluating both at as many points as the product has
     coefficients, and interpolating; a correlation is the transpose of that (Toom and Cook).
@@ -119,9 +118,10 @@ def transforms(r: int) -> tuple[Tensor, Tensor, Tensor]:
         at_infinity = np.eye(coefficients)[-1:]  # only the last coefficient counts there
         return np.vstack([np.vander(POINTS, coefficients, increasing=True), at_infinity])
 
-    matrices = evaluated(TILE + 1 - r).T, evaluated(r), np.linalg.inv(evaluated(TILE)).T
-    to_output, of_kernel, of_tile = (torch.from_numpy(np.ascontiguousarray(matrix)).float() for matrix in matrices)
-    return to_output, of_kernel, of_tile
+    def both(matrix: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.kron(matrix, matrix)).float()
+
+    return both(evaluated(TILE + 1 - r).T), both(evaluated(r)), both(np.linalg.inv(evaluated(TILE)).T)
 
 
 class _Winograd(torch.autograd.Function):
@@ -144,7 +144,7 @@ class _Winograd(torch.autograd.Function):
         blocks = output.permute(0, 2, 3, 1).view(count, rows, m, columns, m, out_channels)
         for where in _bands(count, rows, columns):
             part = blocks[where]
-            sums = _both_ways(to_output, _products(_tiles(padded, where, r), kernels))
+            sums = _each(to_output, _products(_tiles(padded, where, r), kernels))
             sums = sums.view(*part.shape[:2], columns, m, m, out_channels)
             torch.add(sums.permute(0, 1, 3, 2, 4, 5), bias, out=part)
         ctx.save_for_backward(images, kernels)
@@ -162,7 +162,7 @@ class _Winograd(torch.autograd.Function):
         for_images, for_weight, for_bias, _ = ctx.needs_input_grad
         gradient = gradient.permute(0, 2, 3, 1)
         (count, height, width, channels), (_, out_channels, _), r = images.shape, kernels.shape, ctx.side
-        to_output, _, of_tile = transforms(r)
+        to_output, of_kernel, of_tile = transforms(r)
         m = TILE + 1 - r
         padded, rows, columns = _in_whole_tiles(images, r)
         missing = (0, 0, 0, columns * m - gradient.shape[2], 0, rows * m - gradient.shape[1])
@@ -172,12 +172,12 @@ class _Winograd(torch.autograd.Function):
         sums = images.new_zeros((count, rows + 1, m, columns + 1, m, channels) if for_images else 0)
         for where in _bands(count, rows, columns):
             part = blocks[where]
-            products = _both_ways(to_output.T, part.permute(0, 1, 3, 2, 4, 5).reshape(-1, m * m, out_channels))
+            products = _each(to_output.T, part.permute(0, 1, 3, 2, 4, 5).reshape(-1, m * m, out_channels))
             if for_weight:
                 pair = products.permute(1, 2, 0), _tiles(padded, where, r).transpose(0, 1)
                 kernels_gradient = torch.bmm(*pair) if kernels_gradient is None else kernels_gradient.baddbmm_(*pair)
             if for_images:
-                tiles = _both_ways(of_tile.T, _products(products, kernels, F.conv_transpose2d))
+                tiles = _each(of_tile.T, _products(products, kernels, F.conv_transpose2d))
                 tiles = tiles.view(*part.shape[:2], columns, TILE, TILE, channels).permute(0, 1, 3, 2, 4, 5)
                 which, band = where
                 for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -188,7 +188,7 @@ class _Winograd(torch.autograd.Function):
             sums = sums.view(count, (rows + 1) * m, (columns + 1) * m, channels)
             sums = sums[:, :height, :width].permute(0, 3, 1, 2)
         if for_weight:
-            kernels_gradient = kernels_gradient.view(TILE**2, -1).T @ _of_kernels(r)
+            kernels_gradient = kernels_gradient.view(TILE**2, -1).T @ of_kernel
         return (
             sums if for_images else None,
             kernels_gradient.view(out_channels, channels, r, r) if for_weight else None,
@@ -201,14 +201,8 @@ class _Winograd(torch.autograd.Function):
 def transformed(weight: Tensor) -> Tensor:
     """Return G W Gᵀ of all kernels of `weight` [K, C, r, r] as [49, K, C]; gradients do not pass."""
     out_channels, channels, r, _ = weight.shape
-    return (_of_kernels(r) @ weight.reshape(-1, r * r).T).view(TILE**2, out_channels, channels)
-
-
-@cache
-def _of_kernels(r: int) -> Tensor:
-    """Return G of `transforms` for rows and columns at once, [49, r²]."""
     _, of_kernel, _ = transforms(r)
-    return torch.kron(of_kernel, of_kernel)
+    return (of_kernel @ weight.reshape(-1, r * r).T).view(TILE**2, out_channels, channels)
 
 
 def _in_whole_tiles(images: Tensor, r: int) -> tuple[Tensor, int, int]:
@@ -232,14 +226,12 @@ def _tiles(padded: Tensor, where: tuple[slice, slice], r: int) -> Tensor:
     part = padded[which, band.start * m : band.stop * m + r - 1]
     tiles = part.unfold(1, TILE, m).unfold(2, TILE, m)  # [n, rows, columns, C, 7, 7]
     _, _, of_tile = transforms(r)
-    return _both_ways(of_tile, tiles.permute(0, 1, 2, 4, 5, 3).reshape(-1, TILE**2, part.shape[-1]))
+    return _each(of_tile, tiles.permute(0, 1, 2, 4, 5, 3).reshape(-1, TILE**2, part.shape[-1]))
 
 
-def _both_ways(matrix: Tensor, tiles: Tensor) -> Tensor:
-    """Return M X Mᵀ of all tiles X [T, b², C], where M is `matrix` [a, b], as [T, a², C]."""
-    (a, b), (count, _, channels) = matrix.shape, tiles.shape
-    rows = torch.bmm(matrix.expand(count, a, b), tiles.view(count, b, b * channels))
-    return torch.bmm(matrix.expand(count * a, a, b), rows.view(count * a, b, channels)).view(count, a * a, channels)
+def _each(matrix: Tensor, tiles: Tensor) -> Tensor:
+    """Return `matrix` [a, b] times each of the tiles [T, b, C] as [T, a, C]."""
+    return torch.bmm(matrix.expand(len(tiles), -1, -1), tiles)
 
 
 def _products(tiles: Tensor, kernels: Tensor, convolution: Callable[..., Tensor] = F.conv2d) -> Tensor:
