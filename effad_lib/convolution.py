@@ -6,8 +6,9 @@ only fewer multiplications are faster. Of an input tile X of 7×7 pixels, m×m o
 
     Y = Aᵀ [ (G W Gᵀ) ⊙ (Bᵀ X B) ] A
 
-The sums over channels are 49 matrix products, which oneDNN takes as one convolution of 1×1 in 49 groups. MKL, which
-torch asks for products, reaches half the speed of an AMD processor. Tiles are taken in bands that stay in the cache.
+The sums over channels are 49 matrix products, which oneDNN takes as one convolution of 1×1 in 49 groups: MKL, which
+torch asks for products, reaches half the speed of an AMD Zen 5 with them. (Transforms and gradients of weights are such
+products still.) Tiles are taken in bands, large ones, as oneDNN arranges the kernels anew for each.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TILE = 7
-"""Pixels of an input tile in a row and in a column. With more there are fewer multiplications, but larger kernels."""
+"""Pixels of an input tile in a row and in a column. With more there are fewer multiplications, but larger kernels to
+move and more rounding."""
 
 POINTS = (0.0, 1.0, -1.0, 0.5, -0.5, 2.0)
 """Where the polynomials of tile and kernel are evaluated, beside infinity: small numbers keep the rounding small."""
@@ -47,7 +49,8 @@ class Conv2d(nn.Conv2d):
     """A copy of frozen weights, as a teacher's are or those of a detector that has learned, and these `transformed`."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.stride == (1, 1) and self.groups == 1:
+        plain = self.stride == self.dilation == (1, 1) and self.groups == 1 and self.padding_mode == "zeros"
+        if plain and bias is not None and self.padding in ((0, 0), (1, 1), (2, 2), (3, 3)):
             return convolve(input, weight, bias, self.padding[0], self._transformed)
         return super()._conv_forward(input, weight, bias)
 
@@ -84,7 +87,7 @@ def convolve(
 
 
 def pays(images: Tensor, weight: Tensor, padding: int = 0) -> bool:
-    """Whether Winograd's method is the quicker one and may be used: float32 on a CPU, enough channels and tiles.
+    """Whether Winograd's method is the quicker one and may be used: float32 on an x86 CPU, enough channels and tiles.
 
     Compilers and exporters get the convolution itself, which they know better, and autocast its lower precision.
     """
@@ -92,7 +95,10 @@ def pays(images: Tensor, weight: Tensor, padding: int = 0) -> bool:
         return False
     return (
         images.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
+        and images.dim() == 4
+        and len(images) > 0
+        and torch.backends.mkldnn.enabled
+        and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # oneDNN's groups are quick there
         and images.dtype == weight.dtype == torch.float32
         and weight.shape[-2:] in ((3, 3), (4, 4))
         and weight.shape[0] * weight.shape[1] >= LEAST_PAIRS
@@ -131,6 +137,7 @@ class _Winograd(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(
         ctx: torch.autograd.function.FunctionCtx, images: Tensor, weight: Tensor, bias: Tensor, kernels: Tensor
     ) -> Tensor:
@@ -140,7 +147,7 @@ class _Winograd(torch.autograd.Function):
         m = TILE + 1 - r
         padded, rows, columns = _in_whole_tiles(images, r)
         shape = (count, out_channels, rows * m, columns * m)
-        output = torch.empty(shape, memory_format=torch.channels_last)
+        output = torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=torch.channels_last)
         blocks = output.permute(0, 2, 3, 1).view(count, rows, m, columns, m, out_channels)
         for where in _bands(count, rows, columns):
             part = blocks[where]
@@ -157,6 +164,7 @@ class _Winograd(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")  # in float32 even where autocast is on by then
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         images, kernels = ctx.saved_tensors
         for_images, for_weight, for_bias, _ = ctx.needs_input_grad
@@ -188,10 +196,10 @@ class _Winograd(torch.autograd.Function):
             sums = sums.view(count, (rows + 1) * m, (columns + 1) * m, channels)
             sums = sums[:, :height, :width].permute(0, 3, 1, 2)
         if for_weight:
-            kernels_gradient = kernels_gradient.view(TILE**2, -1).T @ of_kernel
+            kernels_gradient = of_kernel.T @ kernels_gradient.view(TILE**2, -1)
         return (
             sums if for_images else None,
-            kernels_gradient.view(out_channels, channels, r, r) if for_weight else None,
+            kernels_gradient.view(r, r, out_channels, channels).permute(2, 3, 0, 1) if for_weight else None,
             gradient.sum((0, 1, 2)) if for_bias else None,
             None,
         )
@@ -202,7 +210,7 @@ def transformed(weight: Tensor) -> Tensor:
     """Return G W Gᵀ of all kernels of `weight` [K, C, r, r] as [49, K, C]; gradients do not pass."""
     out_channels, channels, r, _ = weight.shape
     _, of_kernel, _ = transforms(r)
-    return (of_kernel @ weight.reshape(-1, r * r).T).view(TILE**2, out_channels, channels)
+    return (of_kernel @ weight.permute(2, 3, 0, 1).reshape(r * r, -1)).view(TILE**2, out_channels, channels)
 
 
 def _in_whole_tiles(images: Tensor, r: int) -> tuple[Tensor, int, int]:
@@ -237,10 +245,10 @@ def _each(matrix: Tensor, tiles: Tensor) -> Tensor:
 def _products(tiles: Tensor, kernels: Tensor, convolution: Callable[..., Tensor] = F.conv2d) -> Tensor:
     """Return the sums over channels of tiles [T, 49, C] times kernels [49, K, C] as [T, 49, K].
 
-    With `F.conv_transpose2d` tiles have K channels and the sums C. The stride is along the only row and changes
-    nothing, but with it torch asks oneDNN with one thread, too.
+    With `F.conv_transpose2d` tiles have K channels and the sums C. The dilation of a single weight changes nothing, but
+    with it torch asks oneDNN with one thread, too.
     """
     count, points, channels = tiles.shape
     pixels = tiles.view(1, 1, count, points * channels).permute(0, 3, 1, 2)
-    sums = convolution(pixels, kernels.view(-1, kernels.shape[-1], 1, 1), stride=(2, 1), groups=points)
+    sums = convolution(pixels, kernels.view(-1, kernels.shape[-1], 1, 1), dilation=(2, 1), groups=points)
     return sums.permute(0, 2, 3, 1).view(count, points, -1)

@@ -28,7 +28,7 @@ def case(r, height, width, *, count=1, channels=PLENTY, out_channels=PLENTY, see
 
 
 def assert_near(got, want):
-    """Within float32's rounding of sums over two thousand products, against the mean of what is compared."""
+    """Within float32's rounding of sums over some thousand products, against the mean of what is compared."""
     assert got.shape == want.shape and got.dtype == torch.float32
     assert (got - want).abs().max() <= 2e-4 * want.abs().mean()
 
@@ -74,7 +74,7 @@ def test_gradients_of_some(wanted):
 
 
 def test_any_order_in_memory_and_a_rectified_result_in_place():
-    images, weight, bias = case(3, 13, 18)  # the last row of tiles is cut, the last column is not
+    images, weight, bias = case(3, 13, 17)  # the last row of tiles is cut, the last column is not
     weight.requires_grad_()
     turned = images.mT  # and the other way round
     for given in (images, images.contiguous(memory_format=torch.channels_last), images.expand(2, -1, -1, -1), turned):
@@ -85,22 +85,77 @@ def test_any_order_in_memory_and_a_rectified_result_in_place():
         assert_near(torch.autograd.grad(result.sum(), weight)[0], torch.autograd.grad(wanted.sum(), exact)[0])
 
 
+@pytest.mark.parametrize("r", [3, 4])
+def test_weights_with_their_channels_last(r):
+    images, weight, bias = case(r, 19, 19)
+    ours = weight.contiguous(memory_format=torch.channels_last).requires_grad_()
+    exact = weight.double().requires_grad_()
+    got, wanted = convolve(images, ours, bias), F.conv2d(images.double(), exact, bias.double())
+    assert_near(got, wanted)
+    assert_near(*(torch.autograd.grad(one.square().sum(), of)[0] for one, of in ((got, ours), (wanted, exact))))
+
+
+def test_no_image_at_all():
+    images, weight, bias = case(4, 12, 12)
+    empty = convolve(images[:0].requires_grad_(), weight.requires_grad_(), bias)
+    assert empty.shape == (0, PLENTY, 9, 9)
+    assert torch.equal(torch.autograd.grad(empty.sum(), weight)[0], torch.zeros_like(weight))
+
+
+def test_gradients_are_float32_where_autocast_is_on_by_then():
+    images, weight, bias = case(4, 12, 12)
+    result = convolve(images, weight.requires_grad_(), bias)
+    wanted = torch.autograd.grad(result.sum(), weight, retain_graph=True)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.autograd.grad(result.sum(), weight)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"bias": False},
+        {"padding": "same"},
+        {"padding": (1, 2)},
+        {"dilation": 2},
+        {"padding": 1, "padding_mode": "reflect"},
+        {"groups": 2},
+    ],
+    ids=str,
+)
+def test_what_it_does_not_do_is_left_to_torch(more):
+    torch.manual_seed(0)
+    ours, theirs = Conv2d(PLENTY, PLENTY, 3, **more), torch.nn.Conv2d(PLENTY, PLENTY, 3, **more)
+    theirs.load_state_dict(ours.state_dict())
+    images = case(3, 16, 16)[0]
+    assert torch.equal(ours(images), theirs(images))
+    assert torch.equal(ours(images[0]), theirs(images[0]))
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_where_torch_may_not_use_onednn():
+    given = case(3, 16, 16)
+    assert pays(*given[:2])
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not pays(*given[:2])
+        assert torch.equal(convolve(*given), F.conv2d(*given))
+
+
 def test_same_bits_again():
     given = case(4, 30, 30, count=2)
     assert torch.equal(convolve(*given), convolve(*given))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_an_image_is_computed_alike_alone_and_in_a_batch(threads, monkeypatch):
-    images, weight, bias = case(4, 30, 41, count=5)
+@pytest.mark.parametrize("size", [(4, 13, 18), (4, 30, 41), (3, 17, 22)], ids=str)
+def test_an_image_is_computed_alike_alone_and_in_a_batch(size, threads, monkeypatch):
+    images, weight, bias = case(*size, count=5)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        together = convolve(images, weight, bias)
-        for each, wanted in zip(images.split(1), together.split(1), strict=True):
-            assert torch.equal(convolve(each, weight, bias), wanted)
-        monkeypatch.setattr(convolution, "BAND", 1000)  # all five at once
-        assert torch.equal(convolve(images, weight, bias), together)
+        alone = torch.cat([convolve(each, weight, bias) for each in images.split(1)])
+        for band in (1, 60, 1000):  # a row of tiles, some images, all of them
+            monkeypatch.setattr(convolution, "BAND", band)
+            assert torch.equal(convolve(images, weight, bias), alone)
     finally:
         torch.set_num_threads(before)
 
