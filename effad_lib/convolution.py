@@ -50,7 +50,7 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         plain = self.stride == self.dilation == (1, 1) and self.groups == 1 and self.padding_mode == "zeros"
-        if plain and bias is not None and self.padding in ((0, 0), (1, 1), (2, 2), (3, 3)):
+        if plain and bias is not None and self.padding == self.padding[:1] * 2:  # alike on all sides, not "same"
             return convolve(input, weight, bias, self.padding[0], self._transformed)
         return super()._conv_forward(input, weight, bias)
 
