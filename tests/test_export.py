@@ -13,7 +13,7 @@ from torch.nn import functional
 from trust import files
 
 from effad_lib import export as exporting
-from effad_lib.calibration import rank
+from effad_lib.calibration import calibrate, rank
 from effad_lib.datasets import load_dataset
 from effad_lib.detection import detect
 from effad_lib.detector import EfficientAD
@@ -124,6 +124,7 @@ def test_half_and_eight_bits_are_near(trained, normals, tmp_path, to, size, imag
         share, least = found.tolerance.score, abs(detector.threshold)  # what is lower is held to the threshold's share
         np.testing.assert_allclose(exported.inspect(images).score, score, rtol=share, atol=share * least)
         assert found.differences["score"][0] > 0  # these are other numbers, not float32 under another name
+        assert not found.spared
         assert (exported.threshold == detector.threshold) == (precision == "float16")
         sizes[precision] = (path if to == "onnx" else path.with_suffix(".bin")).stat().st_size
     whole = sum(value.numel() * 4 for value in detector.state_dict().values())
@@ -135,6 +136,43 @@ def test_half_and_eight_bits_are_near(trained, normals, tmp_path, to, size, imag
     assert exported.pixel_threshold == exported.calibration["pixels"][-1] != detector.pixel_threshold
     assert made["thresholds_from"] == "its own scores of 6 good images" and made["calibrated_on"] == 6
     assert made["parity"]["thresholds"] == {"model": detector.threshold, "export": exported.threshold}
+
+
+@pytest.mark.filterwarnings("ignore:INT8 is calibrated on 6 good images alone. Give 10 or more, --normals FOLDER")
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+@pytest.mark.parametrize("remedy", [True, False])
+def test_a_teacher_that_eight_bits_would_spoil_keeps_its_second_convolution(
+    trained, normals, tmp_path, monkeypatch, to, remedy
+):
+    """Two of its kernels' channels see the same and cancel, as only float32 can tell; the rest is lost in their step.
+
+    Where that would not help, the export is the plain one, which is quicker, and as it is only by force.
+    """
+    detector = copy.deepcopy(trained()[0])
+    first, second = detector.teacher.trunk[0], detector.teacher.trunk[3]
+    with torch.no_grad():
+        first.weight[1], first.bias[1] = first.weight[0], first.bias[0]
+        second.weight[:, 0] += 3
+        second.weight[:, 1] -= 3
+    calibrate(detector, load_images(find_images(normals), (64, 64)))
+    file, out = detector.save(tmp_path / "m.safetensors"), tmp_path / f"m{exporting.SUFFIXES[to]}"
+    settings = ExportSettings(to=to, precision="int8", compare=2)
+    if not remedy:
+        monkeypatch.setattr(exporting, "SENSITIVE", "detector.student.trunk.3.weight")
+        with pytest.raises(ExportError, match="student–teacher map differs"):
+            export(file, settings, normals=normals, out=out)
+    path, found = export(file, settings, normals=normals, out=out, force=not remedy)
+    exported = load_exported(path, "cpu")
+    parity = exported.card["export"]["parity"]
+    assert parity["forced"] == bool(found.faults) == (not remedy) and parity["spared"] == found.spared
+    assert found.spared.startswith("combined map differs by") == remedy
+    assert ("second convolution stays in float32" in found.as_text()) == remedy
+    images = load_images(find_images(normals), (64, 64)).numpy()
+    maps = [one.inspect(images).student_teacher for one in (detector, exported)]
+    assert (np.abs(maps[1] - maps[0]) < 0.5 * np.maximum(maps[0], 0.1)).all() == remedy
+    assert found.differences["score"][0] > 0  # the others are in eight bits
+    whole = sum(value.numel() * 4 for value in detector.state_dict().values())
+    assert (path if to == "onnx" else path.with_suffix(".bin")).stat().st_size < 0.6 * whole
 
 
 @pytest.mark.parametrize("least", [6, 7])

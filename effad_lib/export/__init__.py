@@ -7,7 +7,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import numpy as np
 
 from effad_lib.calibration import source_of
 from effad_lib.detector import EfficientAD
-from effad_lib.engines import MOST_AT_ONCE, load_exported
+from effad_lib.engines import MOST_AT_ONCE, Exported, load_exported
 from effad_lib.export.files import check_place, save, to_openvino
 from effad_lib.export.graph import Deployed, in_half, resize, to_onnx
 from effad_lib.export.normals import find_normals, own_thresholds, read_normals, spread, to_calibrate_on
 from effad_lib.export.parity import TOLERANCES, Parity, compare, tolerance_of, with_defects
-from effad_lib.export.quantisation import quantise
+from effad_lib.export.quantisation import SENSITIVE, quantise
 from effad_lib.images import Size, check_size, load_images
 from effad_lib.runs import Run, check_writable, within
 from effad_lib.settings import Settings, SettingsError
@@ -113,10 +114,11 @@ def export(
 
     `normals` is a folder of good images that were not in training, to compare on and to calibrate INT8 with; None takes
     those that the run held out. INT8 gets thresholds by its own scores of all of them, see `own_thresholds`, others
-    keep the model's. The file is `out`, or `file_name` in `export/` beside the model; OpenVINO keeps the weights in a
-    `.bin` beside its `.xml`. It holds the model's card, what it was made with, whence its thresholds are and how it
-    compared. Raises `SettingsError`, `RunError` or `ImageError` before the work starts, and `ExportError` if the export
-    differs by more than its tolerance and `force` is not given: nothing is written then.
+    keep the model's. Where INT8 differs too much, the teacher's second convolution is left in float32, if that helps.
+    The file is `out`, or `file_name` in `export/` beside the model; OpenVINO keeps the weights in a `.bin` beside its
+    `.xml`. It holds the model's card, what it was made with, whence its thresholds are and how it compared. Raises
+    `SettingsError`, `RunError` or `ImageError` before the work starts, and `ExportError` if the export differs by more
+    than its tolerance and `force` is not given: nothing is written then.
     """
     _check_packages(settings)
     _check_opset(settings)
@@ -148,17 +150,26 @@ def export(
         input_size=input_size,
         opset=settings.opset,
     )
-    model = convert(graph, settings, images)
     made = record(settings, input_size) | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    made |= {"thresholds_from": "the model"}
     card = detector.card_now() | {"export": made}
     limits = tolerance_of(settings.precision, input_size != detector.image_size)
-    with tempfile.TemporaryDirectory() as folder:
-        exported = load_exported(save(model, card, Path(folder) / target.name), "cpu")
-        if seen:
-            made |= {"calibrated_on": len(seen), "of_them_compared": len(set(seen) & set(compared))}
-            made["thresholds_from"] = own_thresholds(exported, detector, files, named)
-        found = compare(detector, exported, good, defective, limits)
+
+    def attempt(*spared: str) -> tuple[Any, Exported, Parity, str]:
+        """Return a model, the same as it runs, how it compares, and whence its thresholds are."""
+        model, thresholds = convert(graph, settings, images, spared), "the model"
+        with tempfile.TemporaryDirectory() as folder:
+            exported = load_exported(save(model, card, Path(folder) / target.name), "cpu")
+            if seen:
+                thresholds = own_thresholds(exported, detector, files, named)
+            return model, exported, compare(detector, exported, good, defective, limits), thresholds
+
+    model, exported, found, made["thresholds_from"] = attempt()
+    if seen:
+        made |= {"calibrated_on": len(seen), "of_them_compared": len(set(seen) & set(compared))}
+        refused = "; ".join(found.faults)
+        if refused and not (better := attempt(SENSITIVE))[2].faults:
+            model, exported, found, made["thresholds_from"] = better
+            found = replace(found, spared=refused)
     if found.faults and not force:
         raise ExportError(
             f"this export is too far from its model: {'; '.join(found.faults)}. Nothing was written. Choose another "
@@ -169,17 +180,20 @@ def export(
     return save(model, card, target), found
 
 
-def convert(graph: Any, settings: ExportSettings, images: np.ndarray | None = None) -> Any:
+def convert(
+    graph: Any, settings: ExportSettings, images: np.ndarray | None = None, spared: Collection[str] = ()
+) -> Any:
     """Return a graph of `to_onnx` as a model of the wanted kind and precision; the graph itself stays as it is.
 
-    `images` uint8 [N, 3, H, W] are good ones of the size that the graph takes, which INT8 alone needs, to calibrate on.
+    `images` uint8 [N, 3, H, W] are good ones of the size that the graph takes, which INT8 alone needs, to calibrate on;
+    the kernels that `spared` names it leaves in float32.
     """
     model = to_openvino(graph) if settings.to == "openvino" else copy.deepcopy(graph)
     if settings.precision != "int8":
         return model
     # Of good images alone the ranges would clip a defect: on solar cells scores were up to 33 % off, not 3 %.
     seen = np.concatenate([images, np.stack(with_defects(images, seed=1000))])
-    return quantise(model, seen, settings.to, settings.batch)
+    return quantise(model, seen, settings.to, settings.batch, spared)
 
 
 def _model_of(source: Path) -> Path:

@@ -83,7 +83,7 @@ def own_thresholds(exported: Exported, detector: EfficientAD, files: Sequence[Pa
             f"the export keeps its model's thresholds, chosen on {rule.get('normals', 'an unknown number of')} good "
             f"images{' in tiles' * tiled}; here are {len(files)}. For thresholds by its own scores give as many such "
             f"images, --normals FOLDER, or choose its model's anew first, `effad threshold`.",
-            stacklevel=3,
+            stacklevel=4,
         )
         return "the model"
     if tiled:
