@@ -39,7 +39,8 @@ def test_own_data_set(registry, tmp_path):
 
     assert load_dataset("mine", root=tmp_path, category="x", seed=3, validation_share=0.5).name == "mine"
     load_dataset("mine")
-    assert calls == [(tmp_path.resolve(), "x", 3, 0.5), (None, "", 0, 0.1)]
+    load_dataset("mine", root=None)
+    assert calls == [(tmp_path.resolve(), "x", 3, 0.5), *[(None, "", 0, 0.1)] * 2]
     assert "mine" in dataset_names()
 
 

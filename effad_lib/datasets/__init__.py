@@ -54,7 +54,12 @@ def dataset_names() -> list[str]:
 
 
 def load_dataset(
-    dataset: str, *, root: str | Path = "", category: str = "", seed: int = 0, validation_share: float = 0.1
+    dataset: str,
+    *,
+    root: str | Path | None = "",
+    category: str = "",
+    seed: int = 0,
+    validation_share: float = 0.1,
 ) -> Split:
     """Find the images of a data set and split them; no image is decoded (see `verify`).
 
@@ -68,8 +73,8 @@ def load_dataset(
 
     `validation_share` of the good training images, at least three, is drawn by `seed` and held out for
     calibration, unless there is a folder `validation/good` (MVTec AD 2, MVTec LOCO); test images never are.
-    Relative roots are taken from the project's folder. Raises `DatasetError` for unknown names, missing folders
-    and masks, or fewer than ten images left to train on.
+    Relative roots are taken from the project's folder, "" and None are the default. Raises `DatasetError`
+    for unknown names, missing folders and masks, or fewer than ten images left to train on.
     """
     if ".py:" in dataset:
         dataset = provided(dataset)
@@ -79,7 +84,7 @@ def load_dataset(
         raise DatasetError(f"validation_share = {validation_share!r}: takes a share above 0 and below 1.")
     if seed not in SEEDS:
         raise DatasetError(f"seed = {seed!r}: takes a whole number from 0 to below 2^63.")
-    split = LOADERS[dataset](resolve(root) if str(root) else None, category, seed, validation_share)
+    split = LOADERS[dataset](resolve(root) if root else None, category, seed, validation_share)
     _check(split, dataset)
     return split
 
