@@ -6,6 +6,7 @@ import json
 import numpy as np
 import onnx
 import onnxruntime
+import openvino
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ from effad_lib.detector import EfficientAD
 from effad_lib.engines import CARD, OUTPUTS, load_exported
 from effad_lib.export import ExportError, ExportSettings, export, resize
 from effad_lib.export import normals as good_images
+from effad_lib.export.quantisation import convolutions
 from effad_lib.images import find_images, load_images, read_image
 from effad_lib.runs import PROJECT, RunError, write_bytes
 from effad_lib.settings import SettingsError
@@ -124,7 +126,7 @@ def test_half_and_eight_bits_are_near(trained, normals, tmp_path, to, size, imag
         share, least = found.tolerance.score, abs(detector.threshold)  # what is lower is held to the threshold's share
         np.testing.assert_allclose(exported.inspect(images).score, score, rtol=share, atol=share * least)
         assert found.differences["score"][0] > 0  # these are other numbers, not float32 under another name
-        assert not found.spared
+        assert not found.plain_int8
         assert (exported.threshold == detector.threshold) == (precision == "float16")
         sizes[precision] = (path if to == "onnx" else path.with_suffix(".bin")).stat().st_size
     whole = sum(value.numel() * 4 for value in detector.state_dict().values())
@@ -144,9 +146,9 @@ def test_half_and_eight_bits_are_near(trained, normals, tmp_path, to, size, imag
 def test_a_teacher_that_eight_bits_would_spoil_keeps_its_second_convolution(
     trained, normals, tmp_path, monkeypatch, to, remedy
 ):
-    """Two of its kernels' channels see the same and cancel, as only float32 can tell; the rest is lost in their step.
+    """Two input channels of that layer are equal and their large weights cancel: in eight bits the others are lost.
 
-    Where that would not help, the export is the plain one, which is quicker, and as it is only by force.
+    Where float32 there is not enough, `--force` keeps the plain model, which is quicker.
     """
     detector = copy.deepcopy(trained()[0])
     first, second = detector.teacher.trunk[0], detector.teacher.trunk[3]
@@ -157,22 +159,51 @@ def test_a_teacher_that_eight_bits_would_spoil_keeps_its_second_convolution(
     calibrate(detector, load_images(find_images(normals), (64, 64)))
     file, out = detector.save(tmp_path / "m.safetensors"), tmp_path / f"m{exporting.SUFFIXES[to]}"
     settings = ExportSettings(to=to, precision="int8", compare=2)
+    quantised, saved = exporting.quantise, []
+    monkeypatch.setattr(exporting, "quantise", lambda *given: saved.append(given[-1]) or quantised(*given))
     if not remedy:
         monkeypatch.setattr(exporting, "SENSITIVE", "detector.student.trunk.3.weight")
-        with pytest.raises(ExportError, match="student–teacher map differs"):
+        with pytest.raises(
+            ExportError, match=r"student–teacher map differs.*in float32: .*student–teacher map differs"
+        ):
             export(file, settings, normals=normals, out=out)
+        assert not out.exists()
     path, found = export(file, settings, normals=normals, out=out, force=not remedy)
+    assert saved == ["", exporting.SENSITIVE] * (1 if remedy else 2)
+    spared = _in_float(path)
+    assert (exporting.SENSITIVE in spared) == remedy and len(spared) == 3 + remedy
     exported = load_exported(path, "cpu")
     parity = exported.card["export"]["parity"]
-    assert parity["forced"] == bool(found.faults) == (not remedy) and parity["spared"] == found.spared
-    assert found.spared.startswith("combined map differs by") == remedy
-    assert ("second convolution stays in float32" in found.as_text()) == remedy
+    assert parity["forced"] == bool(found.faults) == (not remedy) and parity["plain_int8"] == found.plain_int8
+    assert found.plain_int8.startswith("combined map differs by") == remedy
+    assert ("second convolution is left in float32; else: combined map differs" in found.as_text()) == remedy
     images = load_images(find_images(normals), (64, 64)).numpy()
     maps = [one.inspect(images).student_teacher for one in (detector, exported)]
     assert (np.abs(maps[1] - maps[0]) < 0.5 * np.maximum(maps[0], 0.1)).all() == remedy
     assert found.differences["score"][0] > 0  # the others are in eight bits
     whole = sum(value.numel() * 4 for value in detector.state_dict().values())
     assert (path if to == "onnx" else path.with_suffix(".bin")).stat().st_size < 0.6 * whole
+
+
+def _in_float(path):
+    """The names of the kernels that an export keeps as they are: of the others a product stands before the layer."""
+    if path.suffix == ".onnx":
+        graph = onnx.load(path).graph
+        whole = {value.name for value in graph.initializer}
+        return [node.input[1] for node in graph.node if node.op_type == "Conv" and node.input[1] in whole]
+    nodes = openvino.Core().read_model(path).get_ordered_ops()
+    kernels = [node.input_value(1).get_node() for node in nodes if node.get_type_name() == "Convolution"]
+    return [kernel.get_friendly_name() for kernel in kernels if kernel.get_type_name() == "Constant"]
+
+
+@pytest.mark.parametrize("size", ["XS", "S", "M"])
+def test_the_sensitive_kernel_is_the_teachers_second_in_both_kinds_of_graph(trained, size):
+    graph = exporting.to_onnx(trained(size)[0], input_size=(64, 64))
+    for to in ("onnx", "openvino"):
+        kernels = [kernel for _, kernel, _ in convolutions(exporting.convert(graph, ExportSettings(to=to)), to)]
+        ofs = [kernel for kernel in kernels if kernel.startswith("detector.teacher.")]
+        assert kernels.count(exporting.SENSITIVE) == 1 and ofs.index(exporting.SENSITIVE) == 1
+        assert len(kernels) == len(set(kernels)) == {"XS": 23, "S": 22, "M": 26}[size]
 
 
 @pytest.mark.parametrize("least", [6, 7])
@@ -184,10 +215,10 @@ def test_thresholds_are_an_exports_own_where_the_images_are_enough(any_size, nor
     detector.calibration |= {"normals": least, "false_alarm_rate": 0.5, "confidence": 0.6}
     if least > len(files):
         with pytest.warns(UserWarning, match="keeps its model's thresholds, chosen on 7 good images; here are 6"):
-            assert good_images.own_thresholds(exported, detector, files, "line") == "the model"
-        assert exported.threshold == exported.pixel_threshold == 9
+            assert not good_images.may_choose(detector, files, "line", None)
         return
-    assert good_images.own_thresholds(exported, detector, files, "line") == "its own scores of 6 good images"
+    assert good_images.may_choose(detector, files, "line", None)
+    good_images.own_thresholds(exported, detector, files, "line")
     scores = sorted(float(exported.inspect(read_image(file)[None]).score[0]) for file in files)
     place = rank(6, 0.5, 0.6)
     assert place < 6 and exported.threshold == pytest.approx(scores[place - 1], rel=1e-5) != before[0]

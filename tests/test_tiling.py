@@ -17,7 +17,7 @@ from effad_lib.detector import EfficientAD
 from effad_lib.engines import load_exported
 from effad_lib.evaluation import evaluate_run
 from effad_lib.export import ExportSettings, export
-from effad_lib.export.normals import own_thresholds
+from effad_lib.export.normals import may_choose, own_thresholds
 from effad_lib.images import ImageError, find_images, packaged_photographs, read_image
 from effad_lib.runs import Run
 from effad_lib.settings import SettingsError
@@ -186,10 +186,14 @@ def test_a_threshold_of_tiles_goes_into_an_export(textured, tmp_path):
         warnings.simplefilter("error")
         Wanted(tile_overlap=40).check(exported)
     exported.threshold = 9.0  # as of an INT8 export, which gets its own
-    assert own_thresholds(exported, model, find_images(line), "line") == "its own scores of 29 good images in tiles"
+    good = find_images(line)
+    assert may_choose(model, good, "line", None) and may_choose(model, good, "line", model.image_size)
+    own_thresholds(exported, model, good, "line")
     assert exported.threshold == pytest.approx(model.threshold, rel=1e-3) and exported.calibration["tile_overlap"] == 40
-    with pytest.warns(UserWarning, match="keeps its model's thresholds, chosen on 29 good images in tiles"):
-        assert own_thresholds(exported, model, find_images(line), "") == "the model"
+    larger = (model.image_size[0] + 32, model.image_size[1])
+    for source, size in (("", None), ("line", larger)):  # pieces of training images; a file that resizes them
+        with pytest.warns(UserWarning, match="keeps its model's thresholds, chosen on 29 good images in tiles"):
+            assert not may_choose(model, good, source, size)
 
 
 def test_tiles_of_a_card_that_its_model_cannot_take_end_an_export_before_the_work(textured, tmp_path):

@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import tempfile
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from effad_lib.detector import EfficientAD
 from effad_lib.engines import MOST_AT_ONCE, Exported, load_exported
 from effad_lib.export.files import check_place, save, to_openvino
 from effad_lib.export.graph import Deployed, in_half, resize, to_onnx
-from effad_lib.export.normals import find_normals, own_thresholds, read_normals, spread, to_calibrate_on
+from effad_lib.export.normals import find_normals, may_choose, own_thresholds, read_normals, spread, to_calibrate_on
 from effad_lib.export.parity import TOLERANCES, Parity, compare, tolerance_of, with_defects
 from effad_lib.export.quantisation import SENSITIVE, quantise
 from effad_lib.images import Size, check_size, load_images
@@ -113,8 +112,8 @@ def export(
     """Export the model of a run, or a `model.safetensors`, and return the file and how far it is from the model.
 
     `normals` is a folder of good images that were not in training, to compare on and to calibrate INT8 with; None takes
-    those that the run held out. INT8 gets thresholds by its own scores of all of them, see `own_thresholds`, others
-    keep the model's. Where INT8 differs too much, the teacher's second convolution is left in float32, if that helps.
+    those that the run held out. INT8 gets thresholds by its own scores of all of them, see `may_choose`, others keep
+    the model's. Where INT8 differs too much, the teacher's second convolution is left in float32, if that is enough.
     The file is `out`, or `file_name` in `export/` beside the model; OpenVINO keeps the weights in a `.bin` beside its
     `.xml`. It holds the model's card, what it was made with, whence its thresholds are and how it compared. Raises
     `SettingsError`, `RunError` or `ImageError` before the work starts, and `ExportError` if the export differs by more
@@ -138,6 +137,7 @@ def export(
     compared = spread(files, settings.compare)
     seen = to_calibrate_on(files, compared) if settings.precision == "int8" else []
     named = source_of(normals) if seen and normals else ""
+    own = bool(seen) and may_choose(detector, files, named, input_size)
     size = input_size or detector.image_size
     images = load_images(seen, size, levels=levels, description="reading good images").numpy() if seen else None
     good = read_normals(compared, input_size, levels)
@@ -151,42 +151,46 @@ def export(
         opset=settings.opset,
     )
     made = record(settings, input_size) | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    tiled = " in tiles" * ("tile_overlap" in detector.calibration)
+    made["thresholds_from"] = f"its own scores of {len(files)} good images{tiled}" if own else "the model"
+    if seen:
+        made |= {"calibrated_on": len(seen), "of_them_compared": len(set(seen) & set(compared))}
     card = detector.card_now() | {"export": made}
     limits = tolerance_of(settings.precision, input_size != detector.image_size)
 
-    def attempt(*spared: str) -> tuple[Any, Exported, Parity, str]:
-        """Return a model, the same as it runs, how it compares, and whence its thresholds are."""
-        model, thresholds = convert(graph, settings, images, spared), "the model"
+    def attempt(spared: str = "") -> tuple[Any, Exported, Parity]:
+        """Return the model, the same from its file with its own thresholds, and how that compares."""
+        model = convert(graph, settings, images, spared)
         with tempfile.TemporaryDirectory() as folder:
             exported = load_exported(save(model, card, Path(folder) / target.name), "cpu")
-            if seen:
-                thresholds = own_thresholds(exported, detector, files, named)
-            return model, exported, compare(detector, exported, good, defective, limits), thresholds
+            if own:
+                own_thresholds(exported, detector, files, named)
+            return model, exported, compare(detector, exported, good, defective, limits)
 
-    model, exported, found, made["thresholds_from"] = attempt()
-    if seen:
-        made |= {"calibrated_on": len(seen), "of_them_compared": len(set(seen) & set(compared))}
-        refused = "; ".join(found.faults)
-        if refused and not (better := attempt(SENSITIVE))[2].faults:
-            model, exported, found, made["thresholds_from"] = better
-            found = replace(found, spared=refused)
-    if found.faults and not force:
+    model, exported, found = attempt()
+    faults = "; ".join(found.faults)
+    if faults and seen:
+        better = attempt(SENSITIVE)
+        if better[2].faults:
+            faults += f". With the teacher's second convolution in float32: {'; '.join(better[2].faults)}"
+        else:
+            model, exported, found = better
+            found, faults = replace(found, plain_int8=faults), ""
+    if faults and not force:
         raise ExportError(
-            f"this export is too far from its model: {'; '.join(found.faults)}. Nothing was written. Choose another "
+            f"this export is too far from its model: {faults}. Nothing was written. Choose another "
             f"precision, give more good images (--normals) for INT8, or keep it as it is: --force.\n{found.as_text()}"
         )
     card |= {name: getattr(exported, name) for name in ("threshold", "pixel_threshold", "calibration")}
-    made["parity"] = found.as_card() | {"runtime": exported.runtime, "forced": bool(found.faults)}
+    made["parity"] = found.as_card() | {"runtime": exported.runtime, "forced": bool(faults)}
     return save(model, card, target), found
 
 
-def convert(
-    graph: Any, settings: ExportSettings, images: np.ndarray | None = None, spared: Collection[str] = ()
-) -> Any:
+def convert(graph: Any, settings: ExportSettings, images: np.ndarray | None = None, spared: str = "") -> Any:
     """Return a graph of `to_onnx` as a model of the wanted kind and precision; the graph itself stays as it is.
 
     `images` uint8 [N, 3, H, W] are good ones of the size that the graph takes, which INT8 alone needs, to calibrate on;
-    the kernels that `spared` names it leaves in float32.
+    it leaves the convolution with the kernel `spared` in float32.
     """
     model = to_openvino(graph) if settings.to == "openvino" else copy.deepcopy(graph)
     if settings.precision != "int8":

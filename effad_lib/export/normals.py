@@ -69,24 +69,30 @@ def read_normals(files: Sequence[Path], size: Size | None, levels: Levels | None
     return [fitted(read_image(file, levels=levels), size) for file in files]
 
 
-def own_thresholds(exported: Exported, detector: EfficientAD, files: Sequence[Path], source: str) -> str:
-    """Choose an export's thresholds by its own scores of good images and by its model's rule; return whence they are.
+def may_choose(detector: EfficientAD, files: Sequence[Path], source: str, input_size: Size | None) -> bool:
+    """Return whether an export that takes `input_size` may choose its thresholds by its own scores of good images.
 
     They stay the model's, and a warning says so, if there are fewer images than those were chosen on, or if the model
     does not say on how many. `source` is the name of the images' folder, "" for those held out from training, which
     are no larger than a tile and do not serve where the model's thresholds were chosen on images in tiles.
     """
     rule, tiled = detector.calibration, "tile_overlap" in detector.calibration
-    at_hand = source and exported.input_size in (None, exported.image_size)  # images, and a file that takes their tiles
-    if "false_alarm_rate" not in rule or len(files) < rule["normals"] or (tiled and not at_hand):
-        warnings.warn(
-            f"the export keeps its model's thresholds, chosen on {rule.get('normals', 'an unknown number of')} good "
-            f"images{' in tiles' * tiled}; here are {len(files)}. For thresholds by its own scores give as many such "
-            f"images, --normals FOLDER, or choose its model's anew first, `effad threshold`.",
-            stacklevel=4,
-        )
-        return "the model"
-    if tiled:
+    at_hand = source and input_size in (None, detector.image_size)  # images, and a file that takes their tiles
+    if "false_alarm_rate" in rule and len(files) >= rule["normals"] and (at_hand or not tiled):
+        return True
+    warnings.warn(
+        f"the export keeps its model's thresholds, chosen on {rule.get('normals', 'an unknown number of')} good "
+        f"images{' in tiles' * tiled}; here are {len(files)}. For thresholds by its own scores give as many such "
+        f"images, --normals FOLDER, or choose its model's anew first, `effad threshold`.",
+        stacklevel=3,
+    )
+    return False
+
+
+def own_thresholds(exported: Exported, detector: EfficientAD, files: Sequence[Path], source: str) -> None:
+    """Choose an export's thresholds by its own scores of good images and by its model's rule, see `may_choose`."""
+    rule = detector.calibration
+    if "tile_overlap" in rule:
         measure_tiled_normals(exported, files, rule["tile_overlap"], source=source)
     else:
         step = exported.batch or 8 if exported.input_size else 1  # images of any size are no batch
@@ -95,4 +101,3 @@ def own_thresholds(exported: Exported, detector: EfficientAD, files: Sequence[Pa
         batches = (np.stack(read_normals(part, exported.input_size, exported.levels)) for part in parts)
         measure_normals(exported, batches, source=source, names=files)
     choose_thresholds(exported, rule["false_alarm_rate"], rule["confidence"])
-    return f"its own scores of {len(files)} good images{' in tiles' * tiled}"

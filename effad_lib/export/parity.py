@@ -52,8 +52,8 @@ class Parity:
     the value is less (at least of 0.1). `auroc`: that of the scores of good images against those with a synthetic
     defect, of the model and of the export; `auroc_change`: how much it changes by pairs told apart, see `Tolerance`.
     `thresholds`: those of the model and of the export, by which each decides. `flipped`: for each decision that
-    differs, how far the model's score was from its threshold, as a share of it. `spared`: what would have been wrong
-    in INT8, if the teacher's second convolution were not left in float32.
+    differs, how far the model's score was from its threshold, as a share of it. `plain_int8`: what is above the
+    tolerance with the teacher's second convolution in eight bits too, if it was left in float32 therefore; else "".
     """
 
     good: int
@@ -64,7 +64,7 @@ class Parity:
     thresholds: tuple[float, float]
     flipped: tuple[float, ...]
     tolerance: Tolerance
-    spared: str = ""
+    plain_int8: str = ""
 
     @property
     def flipped_apart(self) -> int:
@@ -114,7 +114,7 @@ class Parity:
             "thresholds": {"model": self.thresholds[0], "export": self.thresholds[1]},
             "flipped_decisions": len(self.flipped),
             "flipped_apart": self.flipped_apart,
-            "spared": self.spared,
+            "plain_int8": self.plain_int8,
             "tolerance": self.tolerance._asdict() | {"auroc": self.auroc_limit, "flips": self.most_flips},
         }
 
@@ -136,8 +136,8 @@ class Parity:
         if self.auroc_limit is None:
             most = self.tolerance.auroc
             lines.append(f"too few to judge the AU-ROC: one of {pairs} pairs is {1 / pairs:.2g}, more than {most:g}")
-        if self.spared:
-            lines.append(f"the teacher's second convolution stays in float32; in 8 bits {self.spared}")
+        if self.plain_int8:
+            lines.append(f"the teacher's second convolution is left in float32; else: {self.plain_int8}")
         return "\n".join(lines)
 
 
