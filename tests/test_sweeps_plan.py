@@ -206,7 +206,7 @@ SHIPPED = {
     "loco": 5 * 2 * 5,
     "ablations": 15 * 4 * 5,
     "severity": 20,
-    "sizes": 66,
+    "sizes": 120,
     "screw": 9,
     "quick": 4,
 }
