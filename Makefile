@@ -20,8 +20,10 @@ install: $(INSTALLED)
 run: $(INSTALLED)
 	$(BIN)/effad run
 
+# Cores are shared out by processes of one thread each. The notebooks, which one of them takes, come first: they take longest.
 test: lint
-	$(BIN)/python -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=900
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest notebooks tests -n auto --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout=900
 
 # A picture that is uploaded comes in one message.
 lab: $(INSTALLED)

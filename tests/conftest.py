@@ -13,6 +13,7 @@ import yaml
 from counting import CELLS, notebook
 from PIL import Image
 from striped import CHANNELS, SIDE, striped, write_teacher
+from xdist.scheduler import LoadFileScheduling
 
 from effad_lib.calibration import calibrate
 from effad_lib.datasets import load_dataset
@@ -28,6 +29,18 @@ from effad_lib.viewer import of_run, open_viewer
 
 # Started in the background by a shell, the tests and all that they start would be deaf to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class NotebooksTogether(LoadFileScheduling):
+    """For several processes: a file's tests stay in one, and so do all notebooks, as some read another one's run."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "notebooks" if file.endswith(".ipynb") else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return NotebooksTogether(config, log)
 
 
 @pytest.fixture
