@@ -35,7 +35,7 @@ from effad_lib.settings import Settings, check_threads, cores, pick_device
 PRECISIONS = ("float32", "float16", "int8")
 
 PAUSE = 0.01
-"""Seconds between two calls: threads of the last one that still wait for work would slow the next one down."""
+"""Seconds between two calls on a CPU: threads of the last one that still wait for work would slow the next one down."""
 
 LEAST_CALLS = 5
 """That each case is timed for."""
@@ -157,26 +157,28 @@ def of_literal(literal: ModuleType, detector: EfficientAD) -> Call:
     return call
 
 
-def measure(calls: Mapping[tuple, Callable[[], object]], *, seconds: float, longest: float = np.inf) -> pd.DataFrame:
+def measure(
+    calls: Mapping[tuple, Callable[[], object]], *, seconds: float, longest: float = np.inf, pause: float = PAUSE
+) -> pd.DataFrame:
     """Time calls in turn, one of each a round, so that whatever slows the machine slows all of them.
 
     After two calls that warm up, the second of which decides whether a call takes longer than `longest` and is left
-    out, each is timed for `seconds` and five times at least. Returns for each key median_ms, p99_ms (the 99th
-    percentile; with less than a hundred calls that is close to the slowest) and calls; NaN for those left out. Memory
-    is kept from call to call, as training, evaluation and detection keep it, and as the runtimes of exports do; while
-    it grows, the first few calls clear new pages, which a median of three would show.
+    out, each is timed for `seconds` and five times at least, `pause` seconds after the one before. Returns for each key
+    median_ms, p99_ms (the 99th percentile; with less than a hundred calls that is close to the slowest) and calls; NaN
+    for those left out. Memory is kept from call to call, as training, evaluation and detection keep it, and as the
+    runtimes of exports do; while it grows, the first few calls clear new pages, which a median of three would show.
     """
     took: dict[tuple, list[float]] = {}
     with kept_memory():
         for key, call in calls.items():
             call()
-            time.sleep(PAUSE)
+            time.sleep(pause)
             if _timed(call) <= longest:
                 took[key] = []
         waiting = list(took)
         while waiting:
             for key in waiting:
-                time.sleep(PAUSE)
+                time.sleep(pause)
                 took[key].append(_timed(calls[key]))
             waiting = [key for key in waiting if len(took[key]) < LEAST_CALLS or sum(took[key]) < seconds]
             waiting = waiting[1:] + waiting[:1]  # nobody always comes after the same one
@@ -344,7 +346,8 @@ def _one_size(
         short = [key for key in keys if batch * an_image[key] <= settings.longest]
         calls = {(*key, batch): lambda call=found[key], given=given: call(given) for key in short}
         if calls:
-            tables.append(measure(calls, seconds=settings.seconds, longest=settings.longest))
+            pause = PAUSE if any(device != "cuda" for _, _, device, _ in calls) else 0.0
+            tables.append(measure(calls, seconds=settings.seconds, longest=settings.longest, pause=pause))
             medians = tables[-1]["median_ms"]
             an_image = {key: medians.get((*key, batch), np.nan) / 1000 / batch for key in keys}
     return pd.concat(tables).reindex(cases).fillna({"calls": 0})

@@ -132,6 +132,18 @@ def test_the_grid_has_every_case_and_what_follows_from_it(tmp_path, monkeypatch)
         assert row["gflop"] == flop(detector, (64, 64)) / 1e9
 
 
+@pytest.mark.parametrize(("devices", "pauses"), [(("cuda", "cuda"), {0.0}), (("cuda", "cpu"), {latency.PAUSE})])
+def test_only_threads_of_a_processor_need_a_pause(devices, pauses, tmp_path, monkeypatch):
+    found = {(str(k), "float32", device): lambda images: images.sum() for k, device in enumerate(devices)}
+    slept, sleep = set(), latency.time.sleep
+    monkeypatch.setattr(latency.time, "sleep", lambda seconds: (slept.add(seconds), sleep(seconds)))
+    monkeypatch.setattr(latency, "contenders", lambda *_, **__: found)
+    monkeypatch.setattr(latency, "peak", lambda *_: 2e9)
+    settings = LatencySettings(image_size=[64, 64], batches=[1], seconds=0.001, compiled=[])
+    grid({"XS": chance_detector("XS", (64, 64), CPU, channels=8)}, settings, tmp_path)
+    assert slept == pauses
+
+
 def test_what_a_small_batch_shows_to_take_too_long_is_not_tried_with_a_larger_one(tmp_path, monkeypatch):
     clock, seen = [0.0], []
     monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
