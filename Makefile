@@ -20,7 +20,7 @@ install: $(INSTALLED)
 run: $(INSTALLED)
 	$(BIN)/effad run
 
-# Cores are shared out by processes of one thread each. The notebooks, which one of them takes, come first: they take longest.
+# Processes of one thread each share the cores. One of them takes the notebooks, first, as they take longest.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest notebooks tests -n auto --maxprocesses 4 --dist loadfile \
 		--no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout=900

@@ -18,7 +18,7 @@ import torch
 
 from effad_lib.detector import EfficientAD
 from effad_lib.images import NaturalImages, Size, change_colour, check_size, to_float
-from effad_lib.latency import LatencySettings, chance_detector, copy_peak, grid, measure, peak
+from effad_lib.latency import LatencySettings, chance_detector, copy_peak, grid, measure, pause_on, peak
 from effad_lib.memory import peak_memory
 from effad_lib.networks import check_network, multiply_adds
 from effad_lib.progress import progress
@@ -162,7 +162,8 @@ def training_table(settings: BenchmarkSettings, literal: ModuleType | None) -> p
             work[size] = step_flop(trainer.detector, settings.image_size)
         losses = {key: call() for key, call in calls.items()}
         steps = STEPS[trainer.device.type]
-        table = measure({key: partial(call, steps) for key, call in calls.items()}, seconds=settings.seconds)
+        turns = {key: partial(call, steps) for key, call in calls.items()}
+        table = measure(turns, seconds=settings.seconds, pause=pause_on([trainer.device.type]))
         table[["median_ms", "p99_ms"]] /= steps
     best = max(best, peak(trainer.device, settings.cores))
     table = table.rename_axis(["size", "program", "precision"]).reset_index()
@@ -246,7 +247,8 @@ def cost(size: str, *, images: int, side: int, batch: int, threads: int, **how: 
             return detector.eval()(pictures).score.cpu()
 
         steps = STEPS[trainer.device.type]
-        took = measure({("step",): partial(step, steps), ("detect",): detect}, seconds=1e-9)["median_ms"]
+        turns, pause = {("step",): partial(step, steps), ("detect",): detect}, pause_on([trainer.device.type])
+        took = measure(turns, seconds=1e-9, pause=pause)["median_ms"]
         memory = torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else peak_memory()
     return {"start_s": start, "step_ms": took["step"] / steps, "detect_ms": took["detect"], "peak_mb": memory / 1e6}
 

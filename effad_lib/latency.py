@@ -8,7 +8,7 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -192,6 +192,11 @@ def measure(
     return pd.DataFrame(list(rows.values()), index, columns=["median_ms", "p99_ms", "calls"])
 
 
+def pause_on(devices: Iterable[str]) -> float:
+    """Return the seconds between two calls: none where all kinds of devices are "cuda", which has no such threads."""
+    return PAUSE if any(device != "cuda" for device in devices) else 0.0
+
+
 def _timed(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
@@ -346,7 +351,7 @@ def _one_size(
         short = [key for key in keys if batch * an_image[key] <= settings.longest]
         calls = {(*key, batch): lambda call=found[key], given=given: call(given) for key in short}
         if calls:
-            pause = PAUSE if any(device != "cuda" for _, _, device, _ in calls) else 0.0
+            pause = pause_on(device for _, _, device, _ in calls)
             tables.append(measure(calls, seconds=settings.seconds, longest=settings.longest, pause=pause))
             medians = tables[-1]["median_ms"]
             an_image = {key: medians.get((*key, batch), np.nan) / 1000 / batch for key in keys}

@@ -84,7 +84,7 @@ def test_a_time_is_that_of_one_step_however_many_are_timed_together(monkeypatch)
 
     monkeypatch.setattr(benchmark.Trainer, "train_step", counted)
     monkeypatch.setattr(benchmark, "STEPS", {"cpu": 3})
-    monkeypatch.setattr(benchmark, "measure", lambda calls, seconds: measured(calls))
+    monkeypatch.setattr(benchmark, "measure", lambda calls, seconds, pause: measured(calls))
 
     def measured(calls):
         losses = [call() for call in calls.values()]
