@@ -33,18 +33,24 @@ DESIGNS: dict[str, Layers] = {
     # XS in half the width of S.
     "XS-wide": (
         *(Conv(4, 64, 3), Pool(), Conv(4, 128, 3), Pool()),
-        *(Conv(3, 128, 1), Conv(4, 128, 0), Conv(1, OUT, 0)),
+        *(Conv(3, 128, 1), Conv(4, 128, 0, own=True), Conv(1, OUT, 0)),
     ),
     # A convolution followed by pooling becomes one strided convolution of the same 5×5 field.
-    "strided": (Conv(5, 64, 4, 2), Conv(5, 128, 4, 2), Conv(3, 128, 1), Conv(4, 128, 0), Conv(1, OUT, 0)),
-    "strided-narrow": (Conv(5, 32, 4, 2), Conv(5, 64, 4, 2), Conv(3, 64, 1), Conv(4, 64, 0), Conv(1, OUT, 0)),
-    "strided-wide": (Conv(5, 96, 4, 2), Conv(5, 192, 4, 2), Conv(3, 192, 1), Conv(4, 192, 0), Conv(1, OUT, 0)),
+    "strided": (Conv(5, 64, 4, 2), Conv(5, 128, 4, 2), Conv(3, 128, 1), Conv(4, 128, 0, own=True), Conv(1, OUT, 0)),
+    "strided-narrow": (Conv(5, 32, 4, 2), Conv(5, 64, 4, 2), Conv(3, 64, 1), Conv(4, 64, 0, own=True), Conv(1, OUT, 0)),
+    "strided-wide": (
+        Conv(5, 96, 4, 2),
+        Conv(5, 192, 4, 2),
+        Conv(3, 192, 1),
+        Conv(4, 192, 0, own=True),
+        Conv(1, OUT, 0),
+    ),
     # One convolution with stride 4 in place of two with stride 2.
-    "strided-patches": (Conv(13, 128, 12, 4), Conv(3, 128, 1), Conv(4, 128, 0), Conv(1, OUT, 0)),
+    "strided-patches": (Conv(13, 128, 12, 4), Conv(3, 128, 1), Conv(4, 128, 0, own=True), Conv(1, OUT, 0)),
     # Fewer channels into the 4×4 convolution, more out of it.
     "strided-bottleneck": (
         *(Conv(5, 64, 4, 2), Conv(5, 128, 4, 2), Conv(3, 128, 1)),
-        *(Conv(1, 64, 0), Conv(4, 192, 0), Conv(1, OUT, 0)),
+        *(Conv(1, 64, 0), Conv(4, 192, 0, own=True), Conv(1, OUT, 0)),
     ),
     # Each convolution behind the first split into one channel by channel and a 1×1 across channels, which is wider.
     "strided-depthwise": (
@@ -82,7 +88,7 @@ def base_size(name: str) -> str:
 def cost(name: str, channels: int = 384) -> dict[str, float]:
     """Return the 10⁹ multiply-adds at 256×256 pixels of a design's teacher, and of teacher, student and autoencoder."""
     with torch.device("meta"):
-        teacher, student = (PDN(base_size(name), k * channels, layers=DESIGNS[name]) for k in (1, 2))
+        teacher, student = (PDN(base_size(name), channels, layers=DESIGNS[name], targets=k) for k in (1, 2))
         autoencoder = Autoencoder(base_size(name), channels)
     return {
         "teacher_gmac": multiply_adds(teacher) / 1e9,

@@ -58,7 +58,7 @@ class EfficientAD(nn.Module):
         self.image_size = check_size(image_size)
         self.normalise = Normalise()
         self.teacher = PDN(size, channels, padding).requires_grad_(False)
-        self.student = PDN(size, 2 * channels, padding)
+        self.student = PDN(size, channels, padding, targets=2)
         self.autoencoder = Autoencoder(size, channels, padding)
         self.levels: Levels | None = None  # of 16-bit images, see `images.read_image`
         self.threshold: float | None = None  # of the image score
@@ -164,9 +164,11 @@ class EfficientAD(nn.Module):
             detector = cls(card["size"], card["channels"], card["padding"], tuple(card["image_size"]))
             detector.load_state_dict(weights)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # Of weights that do not fit torch says which in the second line.
+            reason = " ".join(map(str.strip, str(error).splitlines()[:2])) or type(error).__name__
             raise SettingsError(
-                f"model {path}: not a whole effad model ({reason}). Train or fetch it again."
+                f"model {path}: not a whole effad model ({reason}). Fetch it again, or train it again "
+                f"if it is of an earlier version."
             ) from error
         detector.levels = check_levels(card.get("levels", ()))
         detector.card, detector.threshold = card, card["threshold"]

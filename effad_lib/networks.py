@@ -19,7 +19,8 @@ from effad_lib.settings import SettingsError, nearest
 class Conv(NamedTuple):
     """A convolution `kernel` × `kernel` to `channels`; `padding` holds in the padded variant only.
 
-    `depthwise`: each channel is filtered by itself, so there are as many as before.
+    `depthwise`: each channel is filtered by itself, so there are as many as before. `own`: what a student has once for
+    each of its two targets, as it has all layers behind.
     """
 
     kernel: int
@@ -27,6 +28,7 @@ class Conv(NamedTuple):
     padding: int
     stride: int = 1
     depthwise: bool = False
+    own: bool = False
 
 
 class Pool(NamedTuple):
@@ -48,8 +50,9 @@ PDN_LAYERS: dict[str, Layers] = {
         *(Conv(4, 256, 3), Pool(), Conv(4, 512, 3), Pool()),
         *(Conv(1, 512, 0), Conv(3, 512, 1), Conv(4, OUT, 0), Conv(1, OUT, 0)),
     ),
-    # Ours, for CPUs: S in three eighths of its width, and the many output channels behind a convolution of 1×1.
-    "XS": (Conv(4, 48, 3), Pool(), Conv(4, 96, 3), Pool(), Conv(3, 96, 1), Conv(4, 96, 0), Conv(1, OUT, 0)),
+    # Ours, for CPUs: S in three eighths of its width, and the many output channels behind a convolution of 1×1. As that
+    # sees 96 channels only, where S sees 4,096, teacher and autoencoder are imitated from 96 of their own.
+    "XS": (Conv(4, 48, 3), Pool(), Conv(4, 96, 3), Pool(), Conv(3, 96, 1), Conv(4, 96, 0, own=True), Conv(1, OUT, 0)),
 }
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -99,24 +102,33 @@ class PDN(nn.Module):
 
     `forward`: normalised images [N, 3, H, W] → features [N, out_channels, h, w] with (h, w) = `feature_size`. The
     padded and the unpadded variant share weights: cell (i, j) of the unpadded one is cell (i+4, j+4) of the padded one.
-    `layers` takes the place of the size's own, see `effad_lib.designs`. Raises `SettingsError` for an unknown size.
-    Paper, Section 3.1 and Tables 4 and 5.
+    `layers` takes the place of the size's own, see `effad_lib.designs`. A student has two `targets`, teacher and
+    autoencoder, and [N, 2 out_channels, h, w] in that order. Raises `SettingsError` for an unknown size. Paper, Section
+    3.1 and Tables 4 and 5.
     """
 
     def __init__(
-        self, size: str = "S", out_channels: int = 384, padding: bool = False, layers: Layers | None = None
+        self,
+        size: str = "S",
+        out_channels: int = 384,
+        padding: bool = False,
+        layers: Layers | None = None,
+        targets: int = 1,
     ) -> None:
         super().__init__()
         self.size, self.out_channels, self.padding = check_network(size), out_channels, padding
         modules: list[nn.Module] = []
-        channels = 3
+        channels, parts = 3, 1  # parts: one for all targets, then one for each
         for layer in layers or PDN_LAYERS[size]:
             pad = layer.padding if padding else 0
             if isinstance(layer, Pool):
                 modules.append(nn.AvgPool2d(2, stride=2, padding=pad))
                 continue
-            out = out_channels if layer.channels == OUT else layer.channels
-            groups = channels if layer.depthwise else 1
+            groups = channels if layer.depthwise else parts
+            if parts == 1:
+                self.shared = len(modules)  # those before this layer are
+                parts = targets if layer.own else 1
+            out = out_channels * targets if layer.channels == OUT else layer.channels * parts
             modules += [Conv2d(channels, out, layer.kernel, layer.stride, pad, groups=groups), nn.ReLU(inplace=True)]
             channels = out
         *trunk, head, _ = modules
@@ -127,14 +139,23 @@ class PDN(nn.Module):
         return self.head(self.trunk(images))
 
     def halves(self, images: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Run one batch through the trunk and each image through one half of the last layer only.
+        """Run one batch through what both targets share and each image through what is for one target only.
 
-        The first `count` images get the half that imitates the teacher [count, out_channels / 2, h, w], the others the
-        one that imitates the autoencoder. Without batch normalisation this equals separate passes.
+        The first `count` images get the half that imitates the teacher [count, out_channels, h, w], the others the one
+        that imitates the autoencoder. Without batch normalisation this equals separate passes.
         """
-        features = self.trunk(images).split([count, len(images) - count])
-        weights, biases = self.head.weight.chunk(2), self.head.bias.chunk(2)
-        return convolve(features[0], weights[0], biases[0]), convolve(features[1], weights[1], biases[1])
+        features = self.trunk[: self.shared](images)
+        first, second = features.split([count, len(images) - count])
+        return self._half(first, 0), self._half(second, 1)
+
+    def _half(self, features: Tensor, target: int) -> Tensor:
+        for layer in (*self.trunk[self.shared :], self.head):
+            if isinstance(layer, Conv2d):
+                weight, bias = layer.weight.chunk(2)[target], layer.bias.chunk(2)[target]
+                features = convolve(features, weight, bias, layer.padding[0])
+            else:
+                features = layer(features)
+        return features
 
 
 AUTOENCODER_WIDTHS = {"S": 64, "M": 64, "XS": 32}

@@ -72,10 +72,11 @@ def test_autoencoder_drops_out_a_fifth_where_the_paper_does():
     assert not torch.equal(ours, network(images(64, 64)))
 
 
-@pytest.mark.parametrize("size", ["S", "XS"])
+@pytest.mark.parametrize("padding", [True, False])
+@pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
-def test_halves_are_those_of_a_full_pass(size):
-    network = PDN(size, 10, padding=True).double()
+def test_halves_are_those_of_a_full_pass(size, padding):
+    network = PDN(size, 5, padding, targets=2).double()
     batch = images(64, 64, count=3)
     full = network(batch)
     first, second = network.halves(batch, 2)
@@ -83,13 +84,24 @@ def test_halves_are_those_of_a_full_pass(size):
     torch.testing.assert_close(second, full[2:, 5:], rtol=1e-9, atol=1e-12)
 
 
+@torch.no_grad()
+def test_the_student_of_xs_is_two_networks_with_one_beginning():
+    student, batch = PDN("XS", 5, targets=2).double(), images(64, 64)
+    for target, output in enumerate(student(batch).chunk(2, dim=1)):
+        alone = PDN("XS", 5).double()
+        for name, value in student.state_dict().items():
+            own = name.startswith(("trunk.8.", "head."))  # the last convolution of 4×4, and of 1×1
+            alone.get_parameter(name).copy_(value.chunk(2)[target] if own else value)
+        torch.testing.assert_close(alone(batch), output, rtol=1e-9, atol=1e-12)
+
+
 def test_sizes_of_the_paper():
-    teacher, student, autoencoder = PDN("S", 384), PDN("S", 768), Autoencoder("S", 384)
+    teacher, student, autoencoder = PDN("S", 384), PDN("S", 384, targets=2), Autoencoder("S", 384)
     # conv4 3→128, conv4 128→256, conv3 256→256, conv4 256→384, each with biases
     assert parameters(teacher) == 6_272 + 524_544 + 590_080 + 1_573_248 == 2_694_144  # the paper's 2.69 M
     assert parameters(student) == 4_267_392  # 4.27 M
     assert parameters(autoencoder) == 1_096_320  # 1.10 M
-    together = parameters(PDN("M", 384)) + parameters(PDN("M", 768)) + parameters(Autoencoder("M", 384))
+    together = parameters(PDN("M", 384)) + parameters(PDN("M", 384, targets=2)) + parameters(Autoencoder("M", 384))
     assert together == 8_026_624 + 11_615_488 + 1_096_320 == 20_738_432  # 20.7 M
 
 
@@ -163,11 +175,10 @@ def test_padded_and_unpadded_agree_inside(size):
 
 def test_multiply_adds():
     with torch.device("meta"):
-        teacher, student = PDN("S", 384), PDN("S", 768)
-        paper = [PDN("S", 384), PDN("S", 768), Autoencoder("S", 384)]
-        small = [PDN("XS", 384), PDN("XS", 768), Autoencoder("XS", 384)]
-    assert round(multiply_adds(teacher) / 1e9, 1) == 15.3
-    assert round(multiply_adds(student) / 1e9, 1) == 20.2
+        paper, small = ([PDN(size), PDN(size, targets=2), Autoencoder(size)] for size in ("S", "XS"))
+    teacher, student, _ = map(multiply_adds, paper)
+    assert round(teacher / 1e9, 1) == 15.3
+    assert round(student / 1e9, 1) == 20.2
     assert 4 * sum(map(multiply_adds, small)) <= sum(map(multiply_adds, paper))
 
 
