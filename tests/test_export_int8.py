@@ -70,7 +70,7 @@ def _in_float(path):
         whole = {value.name for value in graph.initializer}
         return [node.input[1] for node in graph.node if node.op_type == "Conv" and node.input[1] in whole]
     nodes = openvino.Core().read_model(path).get_ordered_ops()
-    kernels = [node.input_value(1).get_node() for node in nodes if node.get_type_name() == "Convolution"]
+    kernels = [node.input_value(1).get_node() for node in nodes if node.get_type_name().endswith("Convolution")]
     return [kernel.get_friendly_name() for kernel in kernels if kernel.get_type_name() == "Constant"]
 
 

@@ -84,6 +84,6 @@ def convolutions(model: Any, to: str) -> Iterator[tuple[str, str, int]]:
                 yield node.name, node.input[1], channels[node.input[1]]
         return
     for node in model.get_ordered_ops():
-        if node.get_type_name() == "Convolution":
-            kernel = node.input_value(1)
-            yield node.get_friendly_name(), kernel.get_node().get_friendly_name(), kernel.get_shape()[1]
+        if node.get_type_name() in ("Convolution", "GroupConvolution"):
+            kernel = node.input_value(1)  # [groups,] channels out, in, rows, columns
+            yield node.get_friendly_name(), kernel.get_node().get_friendly_name(), kernel.get_shape()[-3]
