@@ -159,12 +159,11 @@ def test_patience_stops_when_the_validation_loss_does_not_improve(start, monkeyp
 
 
 def test_cached_teacher_features_change_nothing(start):
-    (cached, run), (uncached, other) = start("cached"), start("uncached", cache_gb=0.0)
+    (cached, run), (uncached, other) = start("cached", seed=1), start("uncached", seed=1, cache_gb=0.0)
     losses, expected = (pd.read_csv(one.folder / "history.csv").drop(columns="seconds") for one in (run, other))
     pd.testing.assert_frame_equal(losses, expected, rtol=1e-4)
-    # All weights together: of a gradient near zero Adam makes a step by the sign of its rounding.
-    weights, before = (torch.cat([w.flatten() for w in one.state_dict().values()]) for one in (cached, uncached))
-    assert (weights - before).norm() <= 1e-4 * before.norm()
+    for one, other in zip(cached.state_dict().values(), uncached.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_the_teacher_sees_each_training_image_once_before_the_first_step(start, monkeypatch, capsys):
