@@ -33,13 +33,12 @@ POINTS = (0.0, 1.0, -1.0, 0.5, -0.5, 2.0)
 BAND = 450
 """About so many tiles at a time."""
 
-LEAST_PAIRS = 128 * 256
-"""With fewer pairs of channels in and out, moving the tiles costs more than the multiplications that are saved."""
+LEAST_CHANNELS = 96
+"""With fewer channels in or out, moving the tiles costs more than the multiplications that are saved."""
 
-LEAST_TILES = {3: 64, 4: 36}
-"""With fewer tiles in an image, by side of the kernels, moving those costs more.
-
-An image is computed alike alone and in a batch."""
+LEAST_TILES, LEAST_SUMS = {3: 64, 4: 36}, 2**20
+"""With fewer tiles in an image, by side of the kernels, moving those costs more, or with fewer of tiles times pairs of
+channels. An image is computed alike alone and in a batch."""
 
 
 class Conv2d(nn.Conv2d):
@@ -91,7 +90,8 @@ def pays(images: Tensor, weight: Tensor, padding: int = 0) -> bool:
 
     Compilers and exporters get the convolution itself, which they know better, and autocast its lower precision.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    channels, kernel = weight.shape[:2], weight.shape[2:]
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or kernel not in ((3, 3), (4, 4)):
         return False
     return (
         images.device.type == "cpu"
@@ -100,9 +100,9 @@ def pays(images: Tensor, weight: Tensor, padding: int = 0) -> bool:
         and torch.backends.mkldnn.enabled
         and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # oneDNN's groups are quick there
         and images.dtype == weight.dtype == torch.float32
-        and weight.shape[-2:] in ((3, 3), (4, 4))
-        and weight.shape[0] * weight.shape[1] >= LEAST_PAIRS
-        and math.prod(tiles_of(images.shape[-2:], weight.shape[-1], padding)) >= LEAST_TILES[weight.shape[-1]]
+        and min(channels) >= LEAST_CHANNELS
+        and (tiles := math.prod(tiles_of(images.shape[-2:], kernel[0], padding))) >= LEAST_TILES[kernel[0]]
+        and tiles * math.prod(channels) >= LEAST_SUMS
     )
 
 

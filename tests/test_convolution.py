@@ -17,6 +17,7 @@ PLENTY = 192
 @pytest.fixture(autouse=True)
 def few_tiles_suffice(monkeypatch):
     monkeypatch.setattr(convolution, "LEAST_TILES", {3: 4, 4: 4})
+    monkeypatch.setattr(convolution, "LEAST_SUMS", 0)
     monkeypatch.setattr(convolution, "BAND", 60)
 
 
