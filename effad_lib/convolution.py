@@ -36,7 +36,7 @@ BAND = 450
 LEAST_CHANNELS = 96
 """With fewer channels in or out, moving the tiles costs more than the multiplications that are saved."""
 
-LEAST_TILES, LEAST_SUMS = {3: 64, 4: 36}, 2**20
+LEAST_TILES, LEAST_SUMS = {3: 64, 4: 36}, 2**19
 """With fewer tiles in an image, by side of the kernels, moving those costs more, or with fewer of tiles times pairs of
 channels. An image is computed alike alone and in a batch."""
 
