@@ -33,10 +33,10 @@ POINTS = (0.0, 1.0, -1.0, 0.5, -0.5, 2.0)
 BAND = 450
 """About so many tiles at a time."""
 
-LEAST_CHANNELS = 96
+LEAST_CHANNELS = 48
 """With fewer channels in or out, moving the tiles costs more than the multiplications that are saved."""
 
-LEAST_TILES, LEAST_SUMS = {3: 64, 4: 36}, 2**19
+LEAST_TILES, LEAST_SUMS = {3: 64, 4: 36}, 2**20
 """With fewer tiles in an image, by side of the kernels, moving those costs more, or with fewer of tiles times pairs of
 channels. An image is computed alike alone and in a batch."""
 
