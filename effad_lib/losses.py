@@ -64,5 +64,5 @@ def _largest(values: Tensor, k: int) -> Tensor:
     if k < len(pieces):
         with torch.no_grad():
             chosen = torch.topk(pieces.amax(1), k, sorted=False).indices
-        values = pieces[chosen].flatten()
+        values = pieces.index_select(0, chosen).flatten()
     return torch.topk(values, k, sorted=False).values

@@ -41,6 +41,14 @@ def test_hard_feature_loss_takes_the_papers_thousandth():
     torch.testing.assert_close(loss, literal.hard_loss(teacher, student))
 
 
+def test_hard_feature_loss_with_many_equal_differences():
+    teacher = torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(1000).view(1, 3, 25, 40)
+    student = torch.zeros_like(teacher).requires_grad_()
+    loss = losses.hard_feature_loss(teacher, student, 0.9)  # 300 of the thousand 3s
+    assert loss.item() == pytest.approx(9, rel=1e-6)
+    assert (torch.autograd.grad(loss, student)[0] != 0).sum() == 300
+
+
 @torch.no_grad()
 def test_hard_feature_loss_beyond_the_limit_of_torch_quantile():
     generator = torch.Generator().manual_seed(1)
