@@ -17,7 +17,7 @@ def hard_feature_loss(teacher: Tensor, student: Tensor, quantile: float = 0.999)
     `teacher` (normalised) and `student`: [N, C, h, w]. The quantile runs over all elements of the batch, with linear
     interpolation between order statistics; 0 gives the plain mean. Returns a scalar. Paper, Equation 3.
     """
-    differences = _by_pixel(teacher) - _by_pixel(student)
+    differences = _in_a_row(teacher) - _in_a_row(student)
     # The elements at or above the interpolated quantile are the k largest (but for exact ties): no quantile needs to be
     # computed, and topk, unlike torch.quantile, takes more than 2^24 elements.
     k = differences.numel() - math.ceil(quantile * (differences.numel() - 1) - 1e-9)
@@ -29,12 +29,12 @@ def penalty_loss(student_on_natural: Tensor) -> Tensor:
 
     `student_on_natural`: [N, C, h, w]. Returns a scalar. Paper, Equation 4.
     """
-    return _mean_square(_by_pixel(student_on_natural))
+    return _mean_square(_in_a_row(student_on_natural))
 
 
 def autoencoder_loss(teacher: Tensor, autoencoder: Tensor) -> Tensor:
     """Mean squared difference of the normalised teacher and the autoencoder on an augmented image [N, C, h, w]."""
-    return _mean_square(_by_pixel(autoencoder) - _by_pixel(teacher))
+    return _mean_square(_in_a_row(autoencoder) - _in_a_row(teacher))
 
 
 def student_autoencoder_loss(autoencoder: Tensor, student: Tensor) -> Tensor:
@@ -42,12 +42,16 @@ def student_autoencoder_loss(autoencoder: Tensor, student: Tensor) -> Tensor:
 
     Its gradient reaches both networks, as in Algorithm 1.
     """
-    return _mean_square(_by_pixel(student) - _by_pixel(autoencoder))
+    return _mean_square(_in_a_row(student) - _in_a_row(autoencoder))
 
 
-def _by_pixel(maps: Tensor) -> Tensor:
-    """Return maps [N, C, h, w] as [N h w C], as the networks leave them in memory; half precision becomes float32."""
-    return maps.to(torch.promote_types(maps.dtype, torch.float32)).permute(0, 2, 3, 1).flatten()
+def _in_a_row(maps: Tensor) -> Tensor:
+    """Return maps [N, C, h, w], or values of any other shape, in one row; half precision becomes float32.
+
+    Maps are taken pixel by pixel, the order in which the networks leave them in memory.
+    """
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    return (maps.permute(0, 2, 3, 1) if maps.dim() == 4 else maps).flatten()
 
 
 def _mean_square(values: Tensor) -> Tensor:

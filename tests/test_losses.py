@@ -41,6 +41,13 @@ def test_hard_feature_loss_takes_the_papers_thousandth():
     torch.testing.assert_close(loss, literal.hard_loss(teacher, student))
 
 
+def test_losses_of_other_shapes():
+    teacher, student = pair(1, 6, 5, 4)
+    as_maps = [losses.hard_feature_loss(teacher, student, 0.9), losses.autoencoder_loss(teacher, student)]
+    flat = [tensor.flatten() for tensor in (teacher, student)]
+    torch.testing.assert_close([losses.hard_feature_loss(*flat, 0.9), losses.autoencoder_loss(*flat)], as_maps)
+
+
 def test_hard_feature_loss_with_many_equal_differences():
     teacher = torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(1000).view(1, 3, 25, 40)
     student = torch.zeros_like(teacher).requires_grad_()
