@@ -192,6 +192,17 @@ def test_the_networks_use_it(monkeypatch):
     monkeypatch.setattr(convolution._Winograd, "apply", lambda *given: seen.append(given[1].shape) or original(*given))
     PDN("S")(torch.rand(1, 3, 64, 64))
     assert seen == [(256, 128, 4, 4), (256, 256, 3, 3), (384, 256, 4, 4)]
+    seen.clear()
+    PDN("XS")(torch.rand(1, 3, 64, 64))
+    assert seen == [(96, 48, 4, 4), (96, 96, 3, 3), (96, 96, 4, 4)]
+
+
+def test_few_channels_need_more_tiles(monkeypatch):
+    monkeypatch.undo()  # the constants as they are
+    for channels, small, large in ((48, 62, 126), (256, 20, 27)):  # inputs of a second convolution, and of a last one
+        weight = torch.zeros(2 * channels, channels, 4, 4)
+        assert not pays(torch.zeros(1, channels, small, small), weight)
+        assert pays(torch.zeros(1, channels, large, large), weight)
 
 
 # --- kernels of frozen weights --------------------------------------------------------------------------------------

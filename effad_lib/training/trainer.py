@@ -90,8 +90,8 @@ class Trainer:
         detector, images, room = self.detector, self.images, self.settings.cache_gb
         shape = len(images), detector.channels, *feature_size(images.shape[2:], detector.padding)
         needed = math.prod(shape) * 4 / 2**30  # in float32
-        in_order = {"device": self.device, "memory_format": torch.channels_last}  # that of what it is compared with
-        cache = torch.empty(shape, **in_order) if needed <= room else None
+        # Channels last, as is what it is compared with.
+        cache = torch.empty(shape, device=self.device, memory_format=torch.channels_last) if needed <= room else None
         if cache is None and room:
             say(
                 f"the teacher's features of {len(images)} images take {needed:.1f} GB, cache_gb is {room:g}: each "
