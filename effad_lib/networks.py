@@ -166,7 +166,8 @@ class Autoencoder(nn.Module):
 
     `forward`: normalised images [N, 3, H, W] → [N, out_channels, h, w] with (h, w) = `feature_size`, for any H and W of
     at least 64. No skip connections. Paper, Table 6; other sizes scale the decoder's steps: H/64−1, H/32, H/16−1, H/8,
-    H/4−1, H/2−1. XS is half as wide and leaves the last step out, from which the paper's decoder resizes down again.
+    H/4−1, H/2−1. XS is half as wide, leaves the last step out, from which the paper's decoder resizes down again, and
+    has the many output channels behind a convolution of 1×1 with 96 inputs, as in its PDN.
     """
 
     def __init__(self, size: str = "S", out_channels: int = 384, padding: bool = False) -> None:
@@ -185,8 +186,11 @@ class Autoencoder(nn.Module):
             )
             for i in range(steps)
         )
+        hidden, kernel = (96, 1) if size == "XS" else (width, 3)
         self.last = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True), Conv2d(width, out_channels, 3, padding=1)
+            nn.Conv2d(width, hidden, 3, padding=1),
+            nn.ReLU(inplace=True),
+            Conv2d(hidden, out_channels, kernel, padding=kernel // 2),
         )
         self.to(memory_format=torch.channels_last)
 
