@@ -17,7 +17,7 @@ from effad_lib.execution.process import delete_runs
 from effad_lib.images import packaged_photographs
 from effad_lib.profiles import NOTEBOOKS, Step, load_profile, notebook_parameters
 from effad_lib.runs import Run, RunError, from_project, printable
-from effad_lib.training import HEAD_RATES, TrainingSettings, train
+from effad_lib.training import RATES, TrainingSettings, train
 
 __all__ = [
     "NOTEBOOKS",
@@ -128,8 +128,9 @@ def departures(settings: TrainingSettings) -> dict[str, tuple[Any, Any]]:
         del found["size"]
     if settings.schedule == "cosine":
         found["schedule"] = (paper["schedule"], f"cosine, growing for {100 * settings.warm_up:g} % of the steps")
-    if (times := HEAD_RATES[settings.size]) != 1:
-        found["student's last layer"] = ("learns as fast as the rest", f"learns {times:g} times as fast")
+    for part, times in zip(("student's last layer", "autoencoder"), RATES[settings.size], strict=True):
+        if times != 1:
+            found[part] = ("learns as fast as the student's other layers", f"learns {times:g} times as fast")
     card = load_teacher(settings.teacher or settings.size, padding=settings.padding)[1]
     if made := card.get("settings"):
         original = DistillationSettings().as_dict()

@@ -195,7 +195,9 @@ def test_departures_are_computed_from_settings_and_card(teachers):
     assert found["image_size"] == ([256, 256], [64, 96])
     assert found["size"] == ("S", "XS") and found["weight_penalty"] == (1.0, 0.0)
     assert found["schedule"] == ("step", "cosine, growing for 20 % of the steps") and "warm_up" not in found
-    assert found["student's last layer"] == ("learns as fast as the rest", "learns 8 times as fast")
+    others = "learns as fast as the student's other layers"
+    assert found["student's last layer"] == (others, "learns 8 times as fast")
+    assert found["autoencoder"] == (others, "learns 0.5 times as fast")
     assert found["teacher"] == ("Algorithm 3 on ImageNet", "backbone efficientnet_lite2, 1000 photographs")
 
 

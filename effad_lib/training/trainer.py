@@ -25,7 +25,7 @@ from effad_lib.progress import progress, say
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
 from effad_lib.settings import cores
 from effad_lib.training.settings import TrainingSettings
-from effad_lib.training.step import HEAD_RATES, Draw, Losses, step_factor, training_losses
+from effad_lib.training.step import RATES, Draw, Losses, step_factor, training_losses
 
 KEPT_CHECKPOINTS = 3
 VALIDATION_IMAGES = 64
@@ -68,10 +68,10 @@ class Trainer:
                 for network in (detector.student, detector.autoencoder):
                     # From zero: a random last layer is noise to unlearn, by which other layers die on some products.
                     initialise(network, first, deviation=0.0, centred=True)
-        body = [*detector.student.trunk.parameters(), *detector.autoencoder.parameters()]
-        head = [*detector.student.head.parameters()]
+        student, rates = detector.student, RATES[settings.size]
+        parts = ((student.trunk, 1.0), (student.head, rates.head), (detector.autoencoder, rates.autoencoder))
         self.optimiser = torch.optim.Adam(
-            [{"params": body, "times": 1.0}, {"params": head, "times": HEAD_RATES[settings.size]}],
+            [{"params": [*part.parameters()], "times": times} for part, times in parts],
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=self.device.type != "mps",
