@@ -24,7 +24,8 @@ RATES = {"S": Rates(), "M": Rates(), "XS": Rates(head=8.0, autoencoder=0.5)}
 
 A step of Adam moves every weight by about the learning rate, so an output by that times the inputs of its layer:
 4×4×256 in the last one of S, 1×1×96 in XS, a 43rd. At one rate XS spends a short schedule on its last layer; at 32
-times that rate, channels before it die on textures. So do most of the autoencoder's at the student's own.
+times that rate, channels before it die on textures. In an autoencoder that learns as fast as the student up to three
+quarters of a layer's do.
 """
 
 
