@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -205,6 +204,8 @@ def plot_table(table: pd.DataFrame, label: str, *, scale: Scale) -> Figure:
     table: numbers, a row for each line; label: of the colour bar; scale: the values drawn darkest and brightest, the
     same for whatever tables are to be compared. Raises ValueError if there is nothing to draw.
     """
+    import seaborn as sns  # slow to import
+
     if table.empty:
         raise ValueError("no values to draw")
     size = WIDTH, 0.34 * len(table) + 1.2

@@ -282,7 +282,7 @@ def _plots() -> ModuleType:
     try:
         from effad_lib import plots
     except ImportError as error:
-        raise SettingsError(f"heatmaps need matplotlib and seaborn ({error}): --heatmaps none goes without.") from error
+        raise SettingsError(f"heatmaps need matplotlib ({error}): --heatmaps none goes without.") from error
     return plots
 
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from effad_lib.convolution import Conv2d, convolve
 from effad_lib.images import Size, check_size
@@ -229,6 +228,8 @@ def multiply_adds(network: nn.Module, image_size: Size = (256, 256)) -> int:
 
     Counted as the layers say, whatever method computes them.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(network).to("meta")(torch.empty((1, 3, *image_size), device="meta"))
     return counter.get_total_flops() // 2

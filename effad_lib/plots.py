@@ -7,14 +7,14 @@ on a scale of its own every good image looks defective. Figures are 9 inches wid
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullLocator
@@ -29,7 +29,10 @@ MOST_COLUMNS = 8
 HEAT = "inferno"
 """Perceptually uniform, and readable without colour vision and in print."""
 
-PALETTE = sns.color_palette("colorblind")
+PALETTE = [
+    to_rgb(f"#{colour}") for colour in "0173b2 de8f05 029e73 d55e00 cc78bc ca9161 fbafe4 949494 ece133 56b4e9".split()
+]
+"""Seaborn's "colorblind", written down, since importing seaborn takes more than a second."""
 GOOD, DEFECTIVE = PALETTE[0], PALETTE[1]
 OUTLINE = "#00e5ff"
 """Of the ground truth: a colour that does not occur in `HEAT`."""
@@ -188,6 +191,8 @@ def plot_score_distribution(
     scores float [N]; labels [N]: 0 and 1, or names of defects with "good" for good images; a defect may be called "0".
     A logarithmic scale, for positive scores only, keeps those near the threshold apart when a few are much larger.
     """
+    import seaborn as sns  # slow to import
+
     words = {0: "good", 1: "defective"}  # a text never equals one of these numbers
     named = [plain(str(words.get(label, label))) for label in labels]
     kinds = sorted(set(named), key=lambda kind: (kind != "good", kind))
@@ -260,7 +265,7 @@ def plot_losses(history: pd.DataFrame) -> Figure:
     if "step" not in history or not names:
         raise ValueError(f"history has columns {list(history.columns)}; it needs step and at least one loss")
     losses = dict.fromkeys(name.removeprefix("validation_") for name in names)
-    colours = dict(zip(losses, sns.color_palette("colorblind", len(losses)), strict=True))
+    colours = dict(zip(losses, itertools.cycle(PALETTE), strict=False))
     fig, ax = plt.subplots(figsize=(WIDTH, 4.0), layout="constrained")
     for name in names:
         curve = history[["step", name]].dropna()

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn as sns
 import torch
 from matplotlib.collections import PathCollection
 from matplotlib.contour import QuadContourSet
@@ -46,6 +47,10 @@ def render(fig):
     """Draw the figure as a notebook does, warnings being errors, and return its pixels."""
     fig.canvas.draw()
     return np.asarray(fig.canvas.buffer_rgba()).copy()
+
+
+def test_the_palette_is_seaborns():
+    assert plots.PALETTE == list(sns.color_palette("colorblind"))
 
 
 def test_images_are_drawn_as_they_are(images, mask):

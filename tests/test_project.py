@@ -157,9 +157,9 @@ def test_there_is_one_progress_bar():
     "module, heavy",
     [
         ("effad_lib", {"numpy", "torch", "pandas", "matplotlib"}),
-        ("effad_lib.training", {"torchvision", "sklearn", "scipy.stats", "matplotlib", "tensorboard"}),
+        ("effad_lib.training", {"torchvision", "sklearn", "scipy.stats", "matplotlib", "tensorboard", "triton"}),
         ("effad_lib.viewer", {"torchvision", "sklearn", "effad_lib.viewer.widgets"}),
-        ("effad_lib.charts", {"torchvision", "sklearn"}),
+        ("effad_lib.charts", {"torchvision", "sklearn", "seaborn", "scipy.stats"}),
         ("effad_lib.latency", {"torchvision", "sklearn", "onnxruntime", "openvino", "nncf"}),
     ],
 )
