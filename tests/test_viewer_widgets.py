@@ -47,7 +47,8 @@ def test_a_viewer_opens_on_the_highest_score_with_everything_drawn(viewer, run):
         f"{viewer.findings.defects[k]}/{k if k < 2 else (k - 2 if k < 5 else 0)}.png" for k in (0, 4, 5, 3, 1, 2)
     ]
     assert {size(viewer, name) for name in PANELS} == {(384, 320)} and len(set(drawn(viewer).values())) == 4
-    assert "0.png · dent · score 0.194 · right" in text(viewer, "head") and "stored threshold" in text(viewer, "counts")
+    assert f"0.png · dent · score {viewer.findings.scores[0]:.4g} · right" in text(viewer, "head")
+    assert "stored threshold" in text(viewer, "counts")
     assert "one scale for all images" in text(viewer, "bar") and "good (3)" in text(viewer, "histogram")
     assert viewer.widget._repr_mimebundle_() == viewer._repr_mimebundle_()
     assert view_run(run, "cpu").state == viewer.state
