@@ -5,6 +5,7 @@ Like `plots`, each is a function that returns a matplotlib figure, 9 inches wide
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
 
 import matplotlib.pyplot as plt
@@ -39,7 +40,7 @@ def plot_distributions(
         raise ValueError("no numbers to draw: each set needs at least one")
     bins = _bins(np.concatenate(list(arrays.values())), log, min(numbers.size for numbers in arrays.values()))
     fig, ax = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
-    for (name, numbers), colour in zip(arrays.items(), _colours(len(arrays)), strict=True):
+    for (name, numbers), colour in zip(arrays.items(), itertools.cycle(PALETTE), strict=False):
         weights = np.full(numbers.size, 1 / numbers.size)
         style = {"histtype": "stepfilled", "facecolor": (*colour, 0.2), "edgecolor": colour, "linewidth": 1.4}
         ax.hist(numbers, bins, weights=weights, label=name, **style)
@@ -249,7 +250,3 @@ def _bins(numbers: np.ndarray, log: bool, fewest: int) -> np.ndarray:
     above = numbers[numbers > 0]
     low = max(float(above.min()), 1e-6 * high) if above.size else 1e-6 * high
     return np.geomspace(low if low < high else high / 10, high, edges)
-
-
-def _colours(count: int) -> list[tuple[float, float, float]]:
-    return [tuple(PALETTE[index % len(PALETTE)]) for index in range(count)]

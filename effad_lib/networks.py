@@ -157,7 +157,22 @@ class PDN(nn.Module):
         return features
 
 
-AUTOENCODER_WIDTHS = {"S": 64, "M": 64, "XS": 32}
+class AutoencoderLayers(NamedTuple):
+    """Channels of most layers, steps of the decoder, and inputs and kernel of the last convolution: Table 6."""
+
+    width: int = 64
+    steps: int = 6
+    inputs: int = 64
+    kernel: int = 3
+
+
+AUTOENCODERS: dict[str, AutoencoderLayers] = {
+    "S": AutoencoderLayers(),
+    "M": AutoencoderLayers(),
+    # Ours, for CPUs: half as wide, without the last step, from which the paper's decoder resizes down again, and, as in
+    # the PDN, with the many output channels behind a convolution of 1×1 with 96 inputs.
+    "XS": AutoencoderLayers(width=32, steps=5, inputs=96, kernel=1),
+}
 
 
 class Autoencoder(nn.Module):
@@ -165,31 +180,28 @@ class Autoencoder(nn.Module):
 
     `forward`: normalised images [N, 3, H, W] → [N, out_channels, h, w] with (h, w) = `feature_size`, for any H and W of
     at least 64. No skip connections. Paper, Table 6; other sizes scale the decoder's steps: H/64−1, H/32, H/16−1, H/8,
-    H/4−1, H/2−1. XS is half as wide, leaves the last step out, from which the paper's decoder resizes down again, and
-    has the many output channels behind a convolution of 1×1 with 96 inputs, as in its PDN.
+    H/4−1, H/2−1. `AUTOENCODERS` says what XS does otherwise.
     """
 
     def __init__(self, size: str = "S", out_channels: int = 384, padding: bool = False) -> None:
         super().__init__()
         self.size, self.padding = check_network(size), padding
-        width = AUTOENCODER_WIDTHS[size]
+        width, steps, inputs, kernel = AUTOENCODERS[size]
         channels = (3, width // 2, width // 2, width, width, width)
         encoder: list[nn.Module] = []
         for before, after in pairwise(channels):
             encoder += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
         self.encoder = nn.Sequential(*encoder, nn.Conv2d(width, 64, 8))
-        steps = 5 if size == "XS" else 6
         self.decoder = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(64 if i == 0 else width, width, 4, padding=2), nn.ReLU(inplace=True), nn.Dropout(0.2)
             )
             for i in range(steps)
         )
-        hidden, kernel = (96, 1) if size == "XS" else (width, 3)
         self.last = nn.Sequential(
-            nn.Conv2d(width, hidden, 3, padding=1),
+            nn.Conv2d(width, inputs, 3, padding=1),
             nn.ReLU(inplace=True),
-            Conv2d(hidden, out_channels, kernel, padding=kernel // 2),
+            Conv2d(inputs, out_channels, kernel, padding=kernel // 2),
         )
         self.to(memory_format=torch.channels_last)
 
