@@ -131,7 +131,7 @@ def test_a_training_holds_as_much_after_an_hour(stripes_with_dents, tmp_path):
 
 
 def test_a_watched_folder_holds_as_much_after_an_hour(model, picture, tmp_path):
-    """A machine drops images and takes old ones away."""
+    """A machine drops images and takes old ones away. All get a heatmap, so that what drawing holds is held at once."""
     images, out = tmp_path / "in", tmp_path / "out"
     count = 0
 
@@ -144,7 +144,7 @@ def test_a_watched_folder_holds_as_much_after_an_hour(model, picture, tmp_path):
         count += 1
 
     drop()
-    command = ["detect", str(model), str(images), "--out", str(out), "--watch", "--device", "cpu"]
+    command = ["detect", str(model), str(images), "--out", str(out), "--watch", "--heatmaps", "all", "--device", "cpu"]
     table = observed("detect --watch", command, drop, (out / "results" / "0.png.json").is_file)
     assert len(list((out / "results").iterdir())) >= count - 21 > 0
     check_steady(table)
