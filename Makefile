@@ -33,14 +33,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# A .venv that works is kept; one that is broken (moved, or its Python gone) is made anew.
+# A .venv that works is kept; one that is broken (moved, or its Python gone) is made anew. Bytecode is compiled once, as
+# pip would: else every kernel compiles torch anew where PYTHONDONTWRITEBYTECODE is set, as in many containers.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "effad needs Python 3.11 or newer; '$(PYTHON)' is not. Name one: make run PYTHON=python3.12" >&2; exit 1; }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e ".[data,notebooks,export,cluster,test]"
+	$(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python \
+		-e ".[data,notebooks,export,cluster,test]"
 	@touch $(INSTALLED)
 
 # A quarter of an hour of a machine without other work.
