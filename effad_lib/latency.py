@@ -214,12 +214,12 @@ def some_of(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 def accuracy(
-    inspectors: Mapping[tuple[str, str], Inspector], samples: Sequence[Sample], *, seconds: float = 0.5
+    inspectors: Mapping[tuple[str, str], Inspector], samples: Sequence[Sample], *, seconds: float
 ) -> pd.DataFrame:
     """Let a model and its exports score the images of a test split, read as `effad detect` does, and time one of them.
 
-    Returns for each engine and precision median_ms, from an image of the network's size to maps and score, and
-    image_auroc.
+    Returns for each engine and precision median_ms, from an image of the network's size to maps and score, measured for
+    `seconds`, and image_auroc.
     """
     images = [read_image(sample.image, levels=next(iter(inspectors.values())).levels) for sample in samples]
     labels = np.array([sample.label for sample in samples])

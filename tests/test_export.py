@@ -169,6 +169,34 @@ def test_the_file_is_plain_onnx_with_a_card(any_size):
     assert str(PROJECT) not in path.read_bytes().decode("latin-1")  # nothing names this machine
 
 
+def test_exports_share_graphs_and_another_model_does_not(trained, normals, tmp_path, monkeypatch):
+    """Each file answers as one that was made alone."""
+    converted, made, graphs = exporting.to_onnx, [], {}
+
+    def counted(detector, **options):
+        made.append(options)
+        return converted(detector, **options)
+
+    monkeypatch.setattr(exporting, "to_onnx", counted)
+    _, file = trained("XS", (64, 64))
+    other = copy.deepcopy(trained("XS", (64, 64))[0])
+    other.quantiles[0, 1] *= 2
+    wanted = {
+        "a.onnx": (file, ExportSettings(compare=2)),
+        "b.onnx": (other.save(tmp_path / "other.safetensors"), ExportSettings(compare=2)),
+        "c.onnx": (file, ExportSettings(compare=2, batch=2)),
+        "d.xml": (file, ExportSettings(compare=2, to="openvino")),
+    }
+    for shared, count in ((graphs, 3), (None, 7)):
+        for name, (model, settings) in wanted.items():
+            out = tmp_path / str(shared is None) / name
+            export(model, settings, normals=normals, out=out, force=True, graphs=shared)
+        assert len(made) == count
+    for name in wanted:
+        answers = [load_exported(tmp_path / alone / name).inspect(noise(2, 64, 64)) for alone in ("False", "True")]
+        assert all(np.array_equal(*pair) for pair in zip(*answers, strict=True))
+
+
 # --- refused --------------------------------------------------------------------------------------------------------
 
 

@@ -108,6 +108,7 @@ def export(
     normals: str | Path | None = None,
     out: str | Path | None = None,
     force: bool = False,
+    graphs: dict[tuple, Any] | None = None,
 ) -> tuple[Path, Parity]:
     """Export the model of a run, or a `model.safetensors`, and return the file and how far it is from the model.
 
@@ -115,9 +116,10 @@ def export(
     those that the run held out. INT8 gets thresholds by its own scores of all of them, see `may_choose`, others keep
     the model's. Where INT8 differs too much, the teacher's second convolution is left in float32, if that is enough.
     The file is `out`, or `file_name` in `export/` beside the model; OpenVINO keeps the weights in a `.bin` beside its
-    `.xml`. It holds the model's card, what it was made with, whence its thresholds are and how it compared. Raises
-    `SettingsError`, `RunError` or `ImageError` before the work starts, and `ExportError` if the export differs by more
-    than its tolerance and `force` is not given: nothing is written then.
+    `.xml`. It holds the model's card, what it was made with, whence its thresholds are and how it compared. Several
+    exports may share `graphs`, a dictionary that is empty at first: one that an earlier export made is not made again.
+    Raises `SettingsError`, `RunError` or `ImageError` before the work starts, and `ExportError` if the export differs
+    by more than its tolerance and `force` is not given: nothing is written then.
     """
     _check_packages(settings)
     _check_opset(settings)
@@ -143,14 +145,12 @@ def export(
     good = read_normals(compared, input_size, levels)
     defective = with_defects(good)
 
-    graph = to_onnx(
-        detector,
-        half=settings.precision == "float16",
-        batch=settings.batch,
-        input_size=input_size,
-        opset=settings.opset,
-    )
-    made = record(settings, input_size) | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    digest, half = hashlib.sha256(path.read_bytes()).hexdigest(), settings.precision == "float16"
+    key = (digest, half, settings.batch, input_size, settings.opset)
+    graphs = {} if graphs is None else graphs
+    if key not in graphs:
+        graphs[key] = to_onnx(detector, half=half, batch=settings.batch, input_size=input_size, opset=settings.opset)
+    made = record(settings, input_size) | {"sha256": digest}
     tiled = " in tiles" * ("tile_overlap" in detector.calibration)
     made["thresholds_from"] = f"its own scores of {len(files)} good images{tiled}" if own else "the model"
     if seen:
@@ -160,7 +160,7 @@ def export(
 
     def attempt(spared: str = "") -> tuple[Any, Exported, Parity]:
         """Return the model, the same from its file with its own thresholds, and how that compares."""
-        model = convert(graph, settings, images, spared)
+        model = convert(graphs[key], settings, images, spared)
         with tempfile.TemporaryDirectory() as folder:
             exported = load_exported(save(model, card, Path(folder) / target.name), "cpu")
             if own:

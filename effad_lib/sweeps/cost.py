@@ -123,7 +123,7 @@ def cost(some: Iterable[Rate], runs: int = 1000, gpus: Sequence[int] = (1, 8)) -
     return pd.DataFrame(rows, columns=["on", "hours", "days", "source"]).set_index("on")
 
 
-def seconds_per_step(settings: TrainingSettings, split: Split, steps: int = 5) -> float:
+def seconds_per_step(settings: TrainingSettings, split: Split, steps: int = 3) -> float:
     """Return what an optimiser step with these settings takes on this machine, measured on a few, in seconds.
 
     Ten images do: what a step costs does not depend on their number. One held-out image is looked at in between.
