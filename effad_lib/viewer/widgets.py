@@ -7,6 +7,7 @@ import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ class Viewer:
         self._shell = Controls(findings, panel_width)
         self._display = Display(findings, self.notes, self._shell)
         self.controls, self.widget = self._shell.by_name, self._shell.widget
-        self._uploads = tempfile.TemporaryDirectory(prefix="effad-")
         self._wire()
         self._first()
         if findings.waiting:
@@ -235,6 +235,11 @@ class Viewer:
         if not self._display.busy:
             self._try(write)
             self._display.draw(self._state)
+
+    @cached_property
+    def _uploads(self) -> tempfile.TemporaryDirectory:
+        """The folder of uploaded pictures, gone with the viewer; made for the first of them, as most get none."""
+        return tempfile.TemporaryDirectory(prefix="effad-")
 
     def _upload(self, files: tuple[dict[str, Any], ...]) -> None:
         for file in files:
