@@ -209,7 +209,7 @@ class Autoencoder(nn.Module):
         size = images.shape[-2], images.shape[-1]
         cells = feature_size(size, self.padding)
         features = self.encode(images)
-        for step, block in zip(decoder_sizes(size), self.decoder, strict=False):
+        for step, block in zip(decoder_sizes(size)[: len(self.decoder)], self.decoder, strict=True):
             features = block(F.interpolate(features, step, mode="bilinear"))
         return self.last(F.interpolate(features, cells, mode="bilinear"))
 
