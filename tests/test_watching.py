@@ -285,6 +285,17 @@ def test_a_link_among_the_results_is_told_once_and_the_rest_judged(small_detecto
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+def test_by_default_defective_images_alone_get_a_heatmap(small_detector, picture, tmp_path, monkeypatch, looks):
+    images, out = tmp_path / "in", tmp_path / "out"
+    for index in range(3):
+        picture(images / f"{index}.png", seed=index)
+    scores = detect(small_detector, images, tmp_path / "plain")["score"]
+    monkeypatch.setattr(small_detector, "threshold", float(scores.median()))
+    looks(nothing, nothing)
+    assert watch(small_detector, images, out) == 3
+    assert [path.name for path in (out / "heatmaps").iterdir()] == [f"{scores.idxmax()}.png.png"]
+
+
 def test_a_name_that_is_too_long_for_results_gets_one_with_the_error_and_is_done(
     small_detector, picture, tmp_path, looks
 ):
