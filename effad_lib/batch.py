@@ -17,7 +17,7 @@ from effad_lib.execution.process import delete_runs
 from effad_lib.images import packaged_photographs
 from effad_lib.profiles import NOTEBOOKS, Step, load_profile, notebook_parameters
 from effad_lib.runs import Run, RunError, from_project, printable
-from effad_lib.training import RATES, TrainingSettings, train
+from effad_lib.training import TrainingSettings, train
 
 __all__ = [
     "NOTEBOOKS",
@@ -43,7 +43,7 @@ COLUMNS = {
 
 OURS = frozenset(
     "run_folder dataset category data_root device seed cache_gb validate_every checkpoint_every ablation_steps "
-    "teacher penalty_images false_alarm_rate confidence levels compiled warm_up".split()
+    "teacher penalty_images false_alarm_rate confidence levels compiled".split()
 )
 """Settings of a training on which the paper has nothing to say, or that `departures` words itself."""
 
@@ -119,18 +119,13 @@ def departures(settings: TrainingSettings) -> dict[str, tuple[Any, Any]]:
     """Return where a training departs from the paper: for each name the paper's value and this one.
 
     The paper's values are the defaults of `TrainingSettings`. A teacher that was not made as in Algorithm 3, as its
-    card says, penalty images other than ImageNet, and how XS learns are departures too. Raises `SettingsError` without
+    card says, and penalty images other than ImageNet are departures too. Raises `SettingsError` without
     a teacher.
     """
     paper, here = TrainingSettings().as_dict(), settings.as_dict()
     found = {name: (paper[name], here[name]) for name in paper if name not in OURS and here[name] != paper[name]}
     if settings.size == "M":  # the paper's other size
         del found["size"]
-    if settings.schedule == "cosine":
-        found["schedule"] = (paper["schedule"], f"cosine, growing for {100 * settings.warm_up:g} % of the steps")
-    for part, times in zip(("student's last layer", "autoencoder"), RATES[settings.size], strict=True):
-        if times != 1:
-            found[part] = ("learns as fast as the student's other layers", f"learns {times:g} times as fast")
     card = load_teacher(settings.teacher or settings.size, padding=settings.padding)[1]
     if made := card.get("settings"):
         original = DistillationSettings().as_dict()

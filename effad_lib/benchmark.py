@@ -40,6 +40,7 @@ class BenchmarkSettings(Settings):
     sizes: list[str] = ("S", "XS")  # of the networks: S, M, XS
     image_size: list[int] = (256, 256)  # height and width in pixels
     precisions: list[str] = ("float32", "bfloat16")  # of training; inference has those of the exports
+    optimiser: str = "adam"  # of effad's training: adam or muon; that of the literal one is Adam
     compiled: str = ""  # a mode of torch.compile for training too: default, reduce-overhead, max-autotune
     seconds: float = 10.0  # to measure each case for, five times at least
     inference: bool = True  # measure detection too
@@ -57,7 +58,12 @@ class BenchmarkSettings(Settings):
         self.require(self.seconds > 0, "seconds", "a number above 0")
         check_threads(self.threads)
         for precision in self.precisions:  # says what is wrong with the others
-            TrainingSettings(precision=precision, compiled=self.compiled, device=self.device)
+            TrainingSettings(**self.training, precision=precision)
+
+    @property
+    def training(self) -> dict[str, str]:
+        """The settings of a training that are given, but for its size and precision."""
+        return {name: getattr(self, name) for name in ("optimiser", "compiled", "device")}
 
     @property
     def cores(self) -> int:
@@ -154,7 +160,7 @@ def training_table(settings: BenchmarkSettings, literal: ModuleType | None) -> p
     with ExitStack() as stack:
         for size in settings.sizes:
             for precision in settings.precisions:
-                how = {"precision": precision, "device": settings.device, "compiled": settings.compiled}
+                how = {"precision": precision, **settings.training}
                 trainer = stack.enter_context(trainer_of(size, settings.image_size, **how))
                 if literal and size != "XS" and (size, "literal", "float32") not in calls:
                     calls[size, "literal", "float32"] = literal_step(literal, trainer)
@@ -220,7 +226,7 @@ def growth_table(settings: BenchmarkSettings) -> pd.DataFrame:
     """
     rows = []
     context = multiprocessing.get_context("spawn")
-    how = {"precision": settings.precisions[0], "compiled": settings.compiled, "device": settings.device}
+    how = {"precision": settings.precisions[0], **settings.training}
     cases = [(size, grows, value) for size in settings.sizes for grows, values in GROWTH.items() for value in values]
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
         for size, grows, value in progress(cases, desc="growing"):

@@ -236,6 +236,24 @@ def distillation_loss(T: nn.Module, image: Tensor, features: Tensor, mu: Tensor,
     return ((target - T(normalise(image))) ** 2).mean()
 
 
+# --- Muon, which is not the paper's ----------------------------------------
+
+
+def muon_step(weight: Tensor, average: Tensor, lr: float, momentum: float = 0.95, weight_decay: float = 1e-5) -> None:
+    """One step on a kernel [out, in, h, w] with its gradient, both it and its running mean of gradients in place.
+
+    Jordan et al. (2024), with updates of Adam's size (Liu et al., arXiv 2502.16982, section 2.2) and each step of the
+    quintic written out.
+    """
+    average.copy_(momentum * average + (1 - momentum) * weight.grad)
+    X = ((1 - momentum) * weight.grad + momentum * average).reshape(len(weight), -1)
+    X = X / (X**2).sum().sqrt()
+    for _ in range(5):
+        X = 3.4445 * X - 4.7750 * (X @ X.T @ X) + 2.0315 * (X @ X.T @ X @ X.T @ X)
+    with torch.no_grad():
+        weight -= lr * (weight_decay * weight + 0.2 * max(X.shape) ** 0.5 * X.reshape(weight.shape))
+
+
 # --- for the tests ---------------------------------------------------------
 
 

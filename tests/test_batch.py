@@ -190,14 +190,11 @@ def test_the_papers_settings_depart_by_their_penalty_images_only(teachers):
 def test_departures_are_computed_from_settings_and_card(teachers):
     teachers(backbone="efficientnet_lite2", photographs=1000)
     own = {"size": "XS", "steps": 500, "batch_size": 2, "image_size": [64, 96], "weight_penalty": 0.0}
-    found = departures(TrainingSettings(**own, schedule="cosine", warm_up=0.2))
+    found = departures(TrainingSettings(**own, schedule="cosine", optimiser="muon"))
     assert found["steps"] == (70_000, 500) and found["batch_size"] == (1, 2)
     assert found["image_size"] == ([256, 256], [64, 96])
     assert found["size"] == ("S", "XS") and found["weight_penalty"] == (1.0, 0.0)
-    assert found["schedule"] == ("step", "cosine, growing for 20 % of the steps") and "warm_up" not in found
-    others = "learns as fast as the student's other layers"
-    assert found["student's last layer"] == (others, "learns 8 times as fast")
-    assert found["autoencoder"] == (others, "learns 0.5 times as fast")
+    assert found["schedule"] == ("step", "cosine") and found["optimiser"] == ("adam", "muon")
     assert found["teacher"] == ("Algorithm 3 on ImageNet", "backbone efficientnet_lite2, 1000 photographs")
 
 
@@ -205,8 +202,8 @@ def test_every_training_setting_is_the_papers_or_ours():
     """A setting that is added and does not say which it is would silently count as the paper's."""
     names = set(TrainingSettings().as_dict())
     papers = (
-        "size padding image_size steps batch_size learning_rate weight_decay schedule initialisation hard_quantile "
-        "weight_hard weight_penalty weight_autoencoder weight_student_autoencoder penalty_crop_scale "
+        "size padding image_size steps batch_size optimiser learning_rate weight_decay schedule initialisation "
+        "hard_quantile weight_hard weight_penalty weight_autoencoder weight_student_autoencoder penalty_crop_scale "
         "validation_share patience checkpoint precision"
     )
     assert names == batch.OURS | set(papers.split())

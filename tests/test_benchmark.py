@@ -126,6 +126,7 @@ def test_growth_has_a_row_for_each_case(monkeypatch):
         ({"threads": -1}, "threads takes"),
         ({"precisions": ["int4"]}, "precision takes one of"),
         ({"compiled": "fast"}, "compiled takes"),
+        ({"optimiser": "sgd"}, "optimiser takes one of adam, muon"),
     ],
 )
 def test_wrong_settings(wrong, message):

@@ -16,9 +16,9 @@ from effad_lib.runs import PROJECT
 
 ROOMS = (
     "documents tensors settings memory progress reading cards images runs checkpoints consent execution provenance "
-    "synthesis convolution networks metrics losses backbones datasets engines tiling detector distillation calibration "
-    "training plots charts diagrams evaluation probing designs detection watching export latency benchmark viewer "
-    "published profiles batch reports sweeps cli"
+    "synthesis convolution networks optimisers metrics losses backbones datasets engines tiling detector distillation "
+    "calibration training plots charts diagrams evaluation probing designs detection watching export latency "
+    "benchmark viewer published profiles batch reports sweeps cli"
 ).split()
 """The rooms of effad_lib, ground floor first: each may import only those before it."""
 

@@ -66,7 +66,7 @@ def test_an_optimiser_that_overflows_stops_at_the_checkpoint_before(start, monke
 
     def overflowing(self, draw):
         if self.step == 6:
-            self.optimiser.state[self.detector.student.head.bias]["exp_avg_sq"].fill_(float("inf"))
+            self.optimisers[0].state[self.detector.student.head.bias]["exp_avg_sq"].fill_(float("inf"))
         return train_step(self, draw)
 
     monkeypatch.setattr(training.Trainer, "train_step", overflowing)

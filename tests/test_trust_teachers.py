@@ -176,38 +176,37 @@ def test_a_backbone_with_nan(tmp_path):
 
 
 def group(state):
-    """The plain values with which the student's last layer is optimised."""
-    return state["optimiser"]["param_groups"][1]
+    """The plain values with which the networks are optimised."""
+    return state["optimisers"][0]["param_groups"][0]
 
 
 def learned(state):
     """What the optimiser has learned of the first weight."""
-    return state["optimiser"]["state"][0]
+    return state["optimisers"][0]["state"][0]
 
 
 CHECKPOINTS = {  # change of the state of an interrupted training, and what is said
     "no step": (lambda s: s.pop("step"), "not of this version or was altered .ValueError: it has no step"),
     "no networks": (lambda s: s.pop("student"), "not of this version or was altered"),
     "networks as list": (lambda s: s.update(student=[1]), "not of this version or was altered"),
-    "no optimiser": (lambda s: s.pop("optimiser"), "not of this version or was altered"),
-    "another optimiser": (lambda s: s.update(optimiser={"state": {}, "param_groups": []}), "not of this version"),
+    "no optimiser": (lambda s: s.pop("optimisers"), "not of this version or was altered"),
+    "another optimiser": (lambda s: s.update(optimisers=[{"state": {}, "param_groups": []}]), "not of this version"),
     "a generator of one byte": (lambda s: s.update(generator=torch.zeros(1, dtype=torch.uint8)), "not of this version"),
     "a generator of floats": (lambda s: s.update(generator=torch.zeros(5056)), "not of this version"),
     "kept as number": (lambda s: s.update(kept=3), "not of this version"),
     "NaN in the student": (lambda s: s["student"]["head.bias"].fill_(NAN), "its checkpoint holds NaN or infinite"),
-    "infinite in the optimiser": (lambda s: s["optimiser"]["state"][0]["exp_avg"].fill_(INFINITE), "holds NaN"),
+    "infinite in the optimiser": (lambda s: s["optimisers"][0]["state"][0]["exp_avg"].fill_(INFINITE), "holds NaN"),
     "an infinite loss": (lambda s: s["history"][0].update(total=INFINITE), "its checkpoint holds NaN or infinite"),
-    "times as text": (lambda s: group(s).update(times="x"), "group 1 of its .* times = 'x', which takes 8.0"),
-    "other times": (lambda s: group(s).update(times=1.0), "times = 1.0, which takes 8.0"),
+    "decay as text": (lambda s: group(s).update(weight_decay="x"), "group 0 of .* weight_decay = .x., which takes"),
     "betas as text": (lambda s: group(s).update(betas="x"), r"betas = 'x', which takes \(0.9, 0.999\)"),
     "other betas": (lambda s: group(s).update(betas=(0.5, 0.999)), "betas = .0.5, 0.999., which takes"),
     "another eps": (lambda s: group(s).update(eps=1.0), "eps = 1.0, which takes 1e-08"),
     "decay as tensor": (lambda s: group(s).update(weight_decay=torch.ones(3)), "weight_decay = tensor.*takes 1e-05"),
     "amsgrad": (lambda s: group(s).update(amsgrad=True), "amsgrad = True, which takes False"),
     "other weights": (lambda s: group(s)["params"].append(0), "params = .*, which takes"),
-    "groups as number": (lambda s: s["optimiser"].update(param_groups=3), "was altered .TypeError"),
-    "nothing learned": (lambda s: s["optimiser"].update(state={}), "was altered .KeyError"),
-    "nothing learned of one": (lambda s: s["optimiser"]["state"].pop(1), "was altered .KeyError"),
+    "groups as number": (lambda s: s["optimisers"][0].update(param_groups=3), "was altered .TypeError"),
+    "nothing learned": (lambda s: s["optimisers"][0].update(state={}), "was altered .KeyError"),
+    "nothing learned of one": (lambda s: s["optimisers"][0]["state"].pop(1), "was altered .KeyError"),
     "a mean as text": (lambda s: learned(s).update(exp_avg="x"), "of weight 0 .* exp_avg = 'x', which takes numbers"),
     "no mean": (lambda s: learned(s).pop("exp_avg_sq"), "of weight 0 its optimiser has no exp_avg_sq"),
     "a mean of three": (lambda s: learned(s).update(exp_avg=torch.zeros(3)), "tensor.*, which takes numbers of shape"),

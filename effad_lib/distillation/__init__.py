@@ -1,6 +1,6 @@
 """Backbone → teacher: a patch description network learns to imitate a pretrained network's features (Algorithm 3)."""
 
-from effad_lib.distillation.loop import distil, learning_rate_factor
+from effad_lib.distillation.loop import distil
 from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation, prefetched
 from effad_lib.distillation.teachers import TEACHERS, load_teacher, read_teacher_card, save_teacher, teacher_files
@@ -12,7 +12,6 @@ __all__ = [
     "channel_statistics",
     "distil",
     "fit_initialisation",
-    "learning_rate_factor",
     "load_teacher",
     "prefetched",
     "read_teacher_card",

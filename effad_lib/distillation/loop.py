@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from effad_lib.backbones import file_sha256, load_backbone, weights_file
 from effad_lib.checkpoints import broken, check_plain, like, not_finite, readable, restore_optimiser, restore_scaler
-from effad_lib.distillation.muon import Muon
 from effad_lib.distillation.processes import Processes, joined
 from effad_lib.distillation.settings import DistillationSettings
 from effad_lib.distillation.targets import Views, channel_statistics, fit_initialisation, photographs, prefetched
@@ -27,32 +26,13 @@ from effad_lib.execution import alone_in
 from effad_lib.images import NaturalImages, names_sha256
 from effad_lib.memory import enough_memory, kept_memory
 from effad_lib.networks import PDN, Layers
+from effad_lib.optimisers import optimisers, rate_factor
 from effad_lib.progress import progress
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, resolve
 from effad_lib.settings import SettingsError, pick_device
 
 LOG_EVERY = 10
 """Steps whose mean loss is one value of the curve: single batches differ too much to be read."""
-
-
-def learning_rate_factor(step: int, steps: int, schedule: str, warm_up: float = 0.05) -> float:
-    """Return the factor on the learning rate at `step` of `steps`; a cosine first grows for the share `warm_up`."""
-    if schedule == "constant":
-        return 1.0
-    warm = max(1, int(steps * warm_up))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def optimisers(pdn: PDN, settings: DistillationSettings) -> list[torch.optim.Optimizer]:
-    """Return Adam for all weights or, for "muon", Muon for the kernels behind the first layer and Adam for the rest."""
-    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    if settings.optimiser == "adam":
-        return [torch.optim.Adam(pdn.parameters(), **rates)]
-    first, *kernels = (weight for weight in pdn.parameters() if weight.dim() > 1)
-    rest = [first, *(bias for bias in pdn.parameters() if bias.dim() == 1)]
-    return [Muon(kernels, **rates), torch.optim.Adam(rest, **rates)]
 
 
 def distil(settings: DistillationSettings) -> Run:
@@ -127,7 +107,12 @@ class Distiller:
                 self.mean.copy_(state["mean"])
                 self.std.copy_(state["std"])
         self.network = processes.wrap(self.pdn)
-        self.optimisers = optimisers(self.pdn, settings)
+        self.optimisers = optimisers(
+            settings.optimiser,
+            self.pdn.parameters(),
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+        )
         if state is not None:
             with readable(run, state):
                 self._restore(state)
@@ -202,7 +187,7 @@ class Distiller:
     def train_step(self, large: Tensor) -> Tensor:
         """Take one step on views [N, 3, 2H, 2W] and return the loss, detached."""
         settings = self.settings
-        rate = settings.learning_rate * learning_rate_factor(self.step, settings.steps, settings.schedule)
+        rate = settings.learning_rate * rate_factor(self.step, settings.steps, settings.schedule)
         for optimiser in self.optimisers:
             optimiser.param_groups[0]["lr"] = rate
             optimiser.zero_grad(set_to_none=True)

@@ -8,10 +8,8 @@ from types import MappingProxyType
 from effad_lib.backbones import check_backbone
 from effad_lib.images import check_size
 from effad_lib.networks import check_network
+from effad_lib.optimisers import OPTIMISERS
 from effad_lib.settings import PRECISIONS, SEEDS, Settings, pick_device
-
-OPTIMISERS = ("adam", "muon")
-"""Adam is the paper's."""
 
 MOST_CHANNELS = 4096
 """Twice as many as the widest backbone has."""

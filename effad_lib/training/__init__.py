@@ -17,18 +17,16 @@ from effad_lib.provenance import note_provenance
 from effad_lib.runs import Run, resolve
 from effad_lib.settings import SettingsError, pick_device
 from effad_lib.training.settings import TrainingSettings
-from effad_lib.training.step import RATES, Draw, Losses, step_factor, training_losses
+from effad_lib.training.step import Draw, Losses, training_losses
 from effad_lib.training.trainer import KEPT_CHECKPOINTS, VALIDATION_IMAGES, Trainer
 
 __all__ = [
     "KEPT_CHECKPOINTS",
-    "RATES",
     "VALIDATION_IMAGES",
     "Draw",
     "Losses",
     "Trainer",
     "TrainingSettings",
-    "step_factor",
     "train",
     "training_losses",
 ]

@@ -1,4 +1,4 @@
-"""One step of Algorithm 1: its four loss terms and its learning rate."""
+"""One step of Algorithm 1: its four loss terms."""
 
 from __future__ import annotations
 
@@ -9,24 +9,6 @@ from torch import Tensor
 
 from effad_lib import losses
 from effad_lib.detector import EfficientAD
-from effad_lib.distillation import learning_rate_factor
-
-
-class Rates(NamedTuple):
-    """How many times as fast as the student's other layers learn its last one and the autoencoder; in the paper 1."""
-
-    head: float = 1.0
-    autoencoder: float = 1.0
-
-
-RATES = {"S": Rates(), "M": Rates(), "XS": Rates(head=8.0, autoencoder=0.5)}
-"""The rates of each size; those of XS, which is ours, suit short schedules.
-
-A step of Adam moves every weight by about the learning rate, so an output by that times the inputs of its layer:
-4×4×256 in the last one of S, 1×1×96 in XS, a 43rd. At one rate XS spends a short schedule on its last layer; at 32
-times that rate, channels before it die on textures. In an autoencoder that learns as fast as the student up to three
-quarters of a layer's do.
-"""
 
 
 class Losses(NamedTuple):
@@ -88,10 +70,3 @@ def training_losses(
         losses.autoencoder_loss(teacher_changed, rebuilt),
         losses.student_autoencoder_loss(rebuilt, student_changed),
     )
-
-
-def step_factor(step: int, steps: int, schedule: str, warm_up: float) -> float:
-    """Return the factor on the learning rate at `step`: the paper's ×0.1 after 95 %, or as in distillation."""
-    if schedule == "step":
-        return 0.1 if step >= 0.95 * steps else 1.0
-    return learning_rate_factor(step, steps, schedule, warm_up)

@@ -21,11 +21,12 @@ from effad_lib.documents import is_number, is_seconds, is_whole
 from effad_lib.images import NaturalImages, change_colour, draw_colours, to_float
 from effad_lib.memory import kept_memory
 from effad_lib.networks import feature_size, initialise
+from effad_lib.optimisers import optimisers, rate_factor
 from effad_lib.progress import progress, say
 from effad_lib.runs import Run, RunError, finish_step_on_interrupt, write_text
 from effad_lib.settings import cores
 from effad_lib.training.settings import TrainingSettings
-from effad_lib.training.step import RATES, Draw, Losses, step_factor, training_losses
+from effad_lib.training.step import Draw, Losses, training_losses
 
 KEPT_CHECKPOINTS = 3
 VALIDATION_IMAGES = 64
@@ -68,13 +69,11 @@ class Trainer:
                 for network in (detector.student, detector.autoencoder):
                     # From zero: a random last layer is noise to unlearn, by which other layers die on some products.
                     initialise(network, first, deviation=0.0, centred=True)
-        student, rates = detector.student, RATES[settings.size]
-        parts = ((student.trunk, 1.0), (student.head, rates.head), (detector.autoencoder, rates.autoencoder))
-        self.optimiser = torch.optim.Adam(
-            [{"params": [*part.parameters()], "times": times} for part, times in parts],
-            lr=settings.learning_rate,
+        self.optimisers = optimisers(
+            settings.optimiser,
+            [*detector.student.parameters(), *detector.autoencoder.parameters()],
+            learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            fused=self.device.type != "mps",
         )
         if state is not None:
             with readable(run, state):
@@ -176,7 +175,7 @@ class Trainer:
         return prefetched(draw, make, settings.steps - self.step, ahead=2 * workers, workers=max(1, workers))
 
     def train_step(self, draw: Draw) -> Losses:
-        """Take one step of Adam on what was drawn and return the loss terms, detached; nothing waits for the device."""
+        """Take one step of the optimisers on what was drawn and return the loss terms; nothing waits for the device."""
         settings, detector = self.settings, self.detector
         detector.train()
         self.drawn.append(draw.chosen.tolist())
@@ -196,12 +195,13 @@ class Trainer:
             total = self.weighted(terms)
         bad = (self.first_bad < 0) & ~total.detach().isfinite()
         self.first_bad = torch.where(bad, len(self.drawn) - 1, self.first_bad)
-        factor = step_factor(self.step, settings.steps, settings.schedule, settings.warm_up)
-        for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate * factor * group["times"]
-        self.optimiser.zero_grad(set_to_none=True)
+        rate = settings.learning_rate * rate_factor(self.step, settings.steps, settings.schedule)
+        for optimiser in self.optimisers:
+            optimiser.param_groups[0]["lr"] = rate
+            optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
-        self.scaler.step(self.optimiser)
+        for optimiser in self.optimisers:
+            self.scaler.step(optimiser)
         self.scaler.update()
         return Losses(*torch.stack([term.detach() for term in terms]))  # a copy: a compiled step reuses its memory
 
@@ -328,7 +328,7 @@ class Trainer:
             "stale": self.stale,
             "history": self.history,
             "kept": self.kept,
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "scaler": self.scaler.state_dict(),
             "generator": self.generator_state,
             "random": torch.get_rng_state(),
@@ -350,7 +350,8 @@ class Trainer:
         )
         self.step, self.seconds, self.stale = state["step"], state["seconds"], state["stale"]
         self.history, self.kept = state["history"], [tuple(entry) for entry in state["kept"]]
-        restore_optimiser(self.optimiser, state["optimiser"], self.step, skips=self.scaler.is_enabled())
+        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+            restore_optimiser(optimiser, kept, self.step, skips=self.scaler.is_enabled())
         restore_scaler(self.scaler, state["scaler"])
         self.generator.set_state(state["generator"])
         self.generator_state = state["generator"]
