@@ -119,8 +119,7 @@ def departures(settings: TrainingSettings) -> dict[str, tuple[Any, Any]]:
     """Return where a training departs from the paper: for each name the paper's value and this one.
 
     The paper's values are the defaults of `TrainingSettings`. A teacher that was not made as in Algorithm 3, as its
-    card says, and penalty images other than ImageNet are departures too. Raises `SettingsError` without
-    a teacher.
+    card says, and penalty images other than ImageNet are departures too. Raises `SettingsError` without a teacher.
     """
     paper, here = TrainingSettings().as_dict(), settings.as_dict()
     found = {name: (paper[name], here[name]) for name in paper if name not in OURS and here[name] != paper[name]}

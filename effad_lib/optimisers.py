@@ -34,9 +34,9 @@ def optimisers(
     directions for each of its pixels) and the biases stay with Adam.
     """
     weights, rates = [*weights], {"lr": learning_rate, "weight_decay": weight_decay}
-    kernels = [weight for weight in weights if kind == "muon" and weight.dim() > 1 and weight.shape[1] > 3]
-    chosen = {id(kernel) for kernel in kernels}
-    rest = [weight for weight in weights if id(weight) not in chosen]
+    by_muon = [kind == "muon" and weight.dim() > 1 and weight.shape[1] > 3 for weight in weights]
+    kernels = [weight for weight, muons in zip(weights, by_muon, strict=True) if muons]
+    rest = [weight for weight, muons in zip(weights, by_muon, strict=True) if not muons]
     adam = torch.optim.Adam(rest, fused=all(weight.device.type != "mps" for weight in rest), **rates)
     return [Muon(kernels, **rates), adam] if kernels else [adam]
 
